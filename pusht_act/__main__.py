@@ -1,0 +1,5 @@
+"""`python -m pusht_act`, the same as `pusht-act`."""
+
+from pusht_act.main import main
+
+main()

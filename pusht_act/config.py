@@ -1,0 +1,250 @@
+"""The schema of a run: every field of our own, typed and documented; the values live in `conf/`.
+
+LeRobot's sections (`policy`, `env`, `dataset`, `optimizer`, `scheduler`) stay plain dictionaries here: LeRobot's own
+dataclasses declare their fields, and `lerobot_config` decodes them. This module imports neither torch nor lerobot, so
+that `--help`, `--cfg job` and a misspelt key answer at once.
+"""
+
+import warnings
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+OmegaConf.register_new_resolver("min", lambda *numbers: min(numbers), replace=True)
+
+
+class Mode(Enum):
+    """What one job does; the values of the config group `mode`."""
+
+    test = "test"
+    full = "full"
+    resume = "resume"
+    eval = "eval"
+
+
+@dataclass
+class ResumeConfig:
+    """Where `mode=resume` starts."""
+
+    path: str | None = None
+    """A checkpoint: `.../checkpoints/005000`, its `pretrained_model` or a run directory; null: `last` of output_dir."""
+
+
+@dataclass
+class EvalConfig:
+    """Rollouts in the environment, in training and in `mode=eval`."""
+
+    n_episodes: int = MISSING
+    """Episodes of one evaluation."""
+    batch_size: int = MISSING
+    """Environments stepped side by side; the policy sees one batch of this size. Part of the numbers: a matrix product
+    may round differently for another batch size."""
+    start_seed: int = MISSING
+    """Episode i resets the environment with seed start_seed + i. Selection (training) and test (mode=eval) use ranges
+    apart from each other and from 0..205, where the human demonstrations started."""
+    n_videos: int = MISSING
+    """Episodes written as mp4 (the first ones); a film strip shows the first."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; LeRobot's names where it has them."""
+
+    enable: bool = MISSING
+    """Log there as well as to metrics.jsonl. Without a login the run is kept offline, to be sent by `wandb sync`."""
+    project: str = MISSING
+    """Project of the run."""
+    entity: str | None = None
+    """User or team; null: the login's default."""
+    mode: str | None = None
+    """online, offline or disabled; null: online with a login, else offline."""
+    notes: str | None = None
+    """Free text shown with the run."""
+
+
+@dataclass
+class DemosConfig:
+    """The demonstrations embedded in the package, the data of `dataset=demos`."""
+
+    n_episodes: int = MISSING
+    """How many of them to replay and render (at most 2,000)."""
+
+
+@dataclass
+class Config:
+    """One job."""
+
+    mode: Mode = MISSING
+    """Set by the group `mode`."""
+    seed: int = MISSING
+    """Of initialisation, data order, dropout and VAE noise (see seeding.py); not of the evaluation's environments."""
+    steps: int = MISSING
+    """Optimizer steps of the whole run, those before a resume included."""
+    batch_size: int = MISSING
+    """Samples of one step."""
+    log_freq: int = MISSING
+    """Steps between two lines of metrics; 0: never."""
+    eval_freq: int = MISSING
+    """Steps between two evaluations in the environment (LeRobot 0.6: env_eval_freq); 0: never."""
+    eval_steps: int = MISSING
+    """Steps between two validation losses on the episodes held out by dataset.eval_split; 0: never."""
+    save_checkpoint: bool = MISSING
+    """Whether checkpoints are written at all."""
+    save_freq: int = MISSING
+    """Steps between two checkpoints; the last step always has one; 0: only the last step."""
+    output_dir: str = MISSING
+    """The run directory; a job of a sweep gets its own under hydra.sweep.dir unless this is given."""
+    job_name: str = MISSING
+    """Name of the run in logs, W&B and the model card."""
+    overwrite: bool = MISSING
+    """Move an existing run directory aside (to output_dir.old-N) and start afresh."""
+    print_lerobot_command: bool = MISSING
+    """Print the equivalent stock command line and stop."""
+    checkpoint: str | None = MISSING
+    """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    demos: DemosConfig = field(default_factory=DemosConfig)
+    policy: dict[str, Any] = MISSING
+    """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""
+    env: dict[str, Any] = MISSING
+    """LeRobot's PushtEnv."""
+    dataset: dict[str, Any] = MISSING
+    """LeRobot's DatasetConfig; repo_id pusht_act/demos is the embedded data."""
+    optimizer: dict[str, Any] = MISSING
+    """Fields of LeRobot's AdamWConfig that replace the policy's preset, e.g. grad_clip_norm."""
+    scheduler: dict[str, Any] = MISSING
+    """LeRobot's LRSchedulerConfig, e.g. {type: cosine_decay_with_warmup, ...}; {}: a constant rate."""
+
+
+POSITIVE = (
+    *("steps", "batch_size", "eval.n_episodes", "eval.batch_size"),
+    *(f"policy.{key}" for key in ("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward")),
+    *(f"policy.{key}" for key in ("latent_dim", "n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers")),
+    *("env.episode_length", "env.fps", "env.visualization_width", "env.visualization_height"),
+    "scheduler.num_decay_steps",
+)
+NOT_NEGATIVE = (
+    *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed", "eval.n_videos"),
+    *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
+    *("optimizer.grad_clip_norm", "optimizer.eps"),
+)
+WANDB_MODES = (None, "online", "offline", "disabled")
+EMBEDDED_REPO_ID = "pusht_act/demos"
+MAX_DEMOS = 2000
+
+
+def register() -> None:
+    """Give Hydra the schema that conf/config.yaml extends."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    # Hydra copies the whole store for every group that --help lists, half of its time; nobody writes to the copies.
+    ConfigStore.__deepcopy__ = lambda self, _: self
+    # The presets in conf/hydra/launcher extend the plugin's nodes by having their names, which Hydra 1.3 frowns upon;
+    # the other way, a defaults list, would need the plugin's nodes to have names of their own.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+
+
+def config_from(cfg: DictConfig) -> Config:
+    """Turn a composed configuration into a checked `Config`; below this nothing sees a `DictConfig`.
+
+    Raises:
+        ValueError: an unknown key, a wrong type or an impossible value, named with its remedy.
+    """
+    if unknown := [str(key) for key in cfg if str(key) not in {f.name for f in fields(Config)}]:
+        raise ValueError(f"{unknown[0]} is unknown: --cfg job shows the keys there are")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} has no value: give {error.full_key}=VALUE") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error.msg or error).splitlines()[0]) from error
+    assert isinstance(config, Config)
+    _check(config, merged)
+    return config
+
+
+def _check(config: Config, cfg: Any) -> None:
+    """Refuse what can be refused without importing torch."""
+    for keys, lowest in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
+        for key in keys:
+            _check_number(key, OmegaConf.select(cfg, key, default=lowest), lowest)
+    _check_mode(config)
+    _check_dataset(config)
+    chunk, replan = config.policy.get("chunk_size"), config.policy.get("n_action_steps")
+    if chunk is not None and replan is not None and replan > chunk:
+        raise ValueError(
+            f"policy.n_action_steps={replan} exceeds policy.chunk_size={chunk}: "
+            f"give policy.n_action_steps={chunk} or less"
+        )
+    if config.policy.get("type") != "act":
+        raise ValueError(f"policy.type={config.policy.get('type')} is not trained here: give policy.type=act")
+    if config.policy.get("n_obs_steps", 1) != 1:
+        raise ValueError(f"policy.n_obs_steps={config.policy['n_obs_steps']}: ACT looks at one step, leave it out")
+    if config.policy.get("push_to_hub") and not config.save_checkpoint:
+        raise ValueError("save_checkpoint=false leaves nothing for policy.push_to_hub=true to upload: give one of them")
+    if config.wandb.mode not in WANDB_MODES:
+        raise ValueError(f"wandb.mode={config.wandb.mode} is unknown: give online, offline or disabled")
+    for key in ("output_dir", "job_name"):
+        if not getattr(config, key):
+            raise ValueError(f"{key}= is empty: give {key}=NAME, or leave it out")
+
+
+def _check_number(key: str, value: Any, lowest: int) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{key}={value} is not a number: give {lowest} or more")
+    if value < lowest:
+        raise ValueError(f"{key}={value} is too small: give {lowest} or more")
+
+
+def _check_mode(config: Config) -> None:
+    """Each mode has its own way of naming a checkpoint; one that would be ignored is refused."""
+    if config.mode is Mode.eval and not config.checkpoint:
+        raise ValueError("mode=eval needs a checkpoint: give checkpoint=PATH_OR_HUB_ID")
+    if config.mode is not Mode.eval and config.checkpoint:
+        raise ValueError(
+            f"checkpoint={config.checkpoint} is for mode=eval: give mode=eval, or resume.path= to train on"
+        )
+    if config.mode is not Mode.resume and config.resume.path:
+        raise ValueError(f"resume.path={config.resume.path} is for mode=resume: give mode=resume too, or leave it out")
+    if config.mode in (Mode.test, Mode.full) and (given := {"input_features", "output_features"} & {*config.policy}):
+        key = min(given)
+        raise ValueError(f"policy.{key}={config.policy[key]}: features are taken from the data set, leave it out")
+
+
+def _check_dataset(config: Config) -> None:
+    dataset = config.dataset
+    if not isinstance(dataset.get("repo_id"), str):
+        raise ValueError(f"dataset.repo_id={dataset.get('repo_id')} is no name: give one such as lerobot/pusht")
+    if dataset["repo_id"] == EMBEDDED_REPO_ID:
+        for key in ("root", "revision"):
+            if dataset.get(key):
+                raise ValueError(
+                    f"dataset.{key}={dataset[key]} means nothing for the embedded demonstrations: "
+                    "leave it out, or give dataset=pusht or pusht_keypoints with it"
+                )
+    episodes = dataset.get("episodes")
+    if episodes is not None and not _are_numbers(episodes):
+        raise ValueError(
+            f"dataset.episodes={episodes} is no list of different numbers: give one such as [0,1,2], or leave it out"
+        )
+    split = dataset.get("eval_split", 0.0)
+    if not isinstance(split, int | float) or not 0 <= split < 1:
+        raise ValueError(f"dataset.eval_split={split} is not a fraction: give one from 0 up to, not including, 1")
+    if config.eval_steps and not split:
+        raise ValueError(f"eval_steps={config.eval_steps} needs held-out episodes: give dataset.eval_split=0.1, say")
+    if not 1 <= config.demos.n_episodes <= MAX_DEMOS:
+        raise ValueError(f"demos.n_episodes={config.demos.n_episodes} is out of range: give 1 to {MAX_DEMOS}")
+
+
+def _are_numbers(episodes: Any) -> bool:
+    return (
+        isinstance(episodes, list)
+        and all(isinstance(episode, int) and episode >= 0 for episode in episodes)
+        and 0 < len(set(episodes)) == len(episodes)
+    )

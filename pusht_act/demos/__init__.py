@@ -1,0 +1,1 @@
+"""The scripted PushT demonstrator and the demonstrations that come with the package."""

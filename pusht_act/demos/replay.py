@@ -1,0 +1,175 @@
+"""Replaying actions in gym-pusht, fast, to get back every observation of a demonstration."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gym_pusht  # noqa: F401  (registers the environment)
+import gymnasium
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Shaped, UInt8
+
+from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
+from pusht_act.demos.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
+
+Start = int | tuple[float, float, float, float, float]
+"""Where an episode starts: a seed of gym-pusht's reset, or agent x, y, block x, y (px) and block angle (rad)."""
+
+SLACK = 20.0  # px: gym-pusht's own resets put corners of the T up to 17 px into a wall, which pushes them out
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What LeRobot's PushT data sets keep: the observation before each action, and what the next frame made of it."""
+
+    observation_state: Float32[np.ndarray, "T 2"]
+    """The agent's position, px."""
+    environment_state: Float32[np.ndarray, "T 16"]
+    """The block's eight keypoints in gym-pusht's order: x0, y0, x1, ... px."""
+    image: UInt8[np.ndarray, "T 96 96 3"] | None
+    """The picture that `obs_type="pixels_agent_pos"` gives; None unless asked for."""
+    action: Float32[np.ndarray, "T 2"]
+    """Target of the agent, px."""
+    coverage: Float64[np.ndarray, " T"]
+    """Share of the goal covered."""
+    reward: Float32[np.ndarray, " T"]
+    """clip(coverage / 0.95, 0, 1)."""
+    done: Bool[np.ndarray, " T"]
+    """True in the last row only."""
+    success: Bool[np.ndarray, " T"]
+    """Coverage above 0.95."""
+
+
+def make_env() -> Any:
+    """gym-pusht's PushTEnv as `gymnasium.make` builds it, without the wrappers that count steps and check types."""
+    return gymnasium.make("gym_pusht/PushT-v0", obs_type="state", disable_env_checker=True).unwrapped
+
+
+def check_state(state: Sequence[float] | np.ndarray, key: str = "state") -> tuple[float, ...]:
+    """Return the first five numbers of a state as floats, after checking that they lie in the arena.
+
+    Raises:
+        ValueError: not five finite numbers, or the agent or a corner of the block lies outside the walls.
+    """
+    values = tuple(float(value) for value in state[:5])
+    shown = ", ".join(f"{value:g}" for value in values)
+    if len(values) != 5 or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{key}=({shown}): give agent x, y, block x, y (px), block angle (rad), all finite")
+    if not all(-SLACK <= value <= ARENA + SLACK for value in values[:2]):
+        raise ValueError(f"{key}=({shown}): the agent is outside the arena; put it within [0, {ARENA:g}] px")
+    corners = _corners(*values[2:])
+    if corners.min() < WALL_LOW - SLACK or corners.max() > WALL_HIGH + SLACK:
+        raise ValueError(
+            f"{key}=({shown}): the block spans {corners.min():.0f} to {corners.max():.0f} px, through the walls at "
+            f"{WALL_LOW:g} and {WALL_HIGH:g}; move it inside"
+        )
+    return values
+
+
+def check_start(start: Start | Sequence[float] | np.ndarray) -> Start:
+    """Return `start` in plain Python numbers, after checking that it is a seed or a state in the arena.
+
+    Raises:
+        ValueError: a negative seed, not five finite numbers, or the agent or the block outside the walls.
+    """
+    if isinstance(start, int | np.integer):
+        if start < 0:
+            raise ValueError(f"start={start}: a reset seed is 0 or more")
+        return int(start)
+    if len(start) != 5:
+        raise ValueError(f"start has {len(start)} numbers: give agent x, y, block x, y (px), block angle (rad)")
+    agent_x, agent_y, x, y, angle = check_state(start, "start")
+    return (agent_x, agent_y, x, y, angle)
+
+
+def _corners(x: float, y: float, angle: float) -> Float64[np.ndarray, "8 2"]:
+    c, s = math.cos(angle), math.sin(angle)
+    corners = np.array([(px, py + CENTRE) for x0, y0, x1, y1 in RECTANGLES for px in (x0, x1) for py in (y0, y1)])
+    turned: np.ndarray = corners @ np.array(((c, s), (-s, c))) + (x, y)
+    return turned
+
+
+def reset_to(env: Any, start: Start) -> None:
+    """Put a PushTEnv at `start` with everything at rest.
+
+    gym-pusht's own `reset_to_state` sets the block's position before its angle and so ends elsewhere; here the angle
+    comes first, and the block is where `start` says.
+    """
+    if isinstance(start, int):
+        env.reset(seed=start)
+        return
+    env.reset(seed=0)
+    env.agent.position = start[:2]
+    env.block.angle = start[4]
+    env.block.position = start[2:4]
+    env.space.step(env.dt)  # as gym-pusht's reset ends: contacts at the start act from the first step on
+
+
+def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False) -> Episode:
+    """Carry out `action` from `start` in gym-pusht's own world and return what its observations would have been.
+
+    States equal those of `env.step` bit by bit. Only what does not touch the states is left out: the counting of
+    contact points, and shapely's coverage in favour of a clipping one that agrees to 1e-12.
+
+    Args:
+        action: px; converted to float32, as data sets keep it.
+        image: whether to render, which takes 30 times as long.
+
+    Raises:
+        ValueError: an impossible start, no action at all, or an action that is not finite.
+    """
+    start = check_start(start)
+    action = np.asarray(action, np.float32)
+    if action.ndim != 2 or action.shape[1] != 2 or not len(action) or not np.isfinite(action).all():
+        raise ValueError(f"action has shape {action.shape}: give one or more rows of two finite numbers (px)")
+    env = make_env()
+    reset_to(env, start)
+    for shape in env.space.shapes:
+        shape.collision_type = 1  # gym-pusht's handler, for type 0, only counts contacts and costs most of the time
+    poses, images = np.empty((len(action) + 1, 5)), []
+    poses[0] = _pose(env)
+    for t, (x, y) in enumerate(action.tolist()):
+        if image:
+            images.append(env._render())  # what obs_type="pixels_agent_pos" calls; with "state" nothing else differs
+        _advance(env, x, y)
+        poses[t + 1] = _pose(env)
+    covered = coverage_of_poses(poses[1:, 2:])
+    done = np.zeros(len(action), np.bool_)
+    done[-1] = True
+    return Episode(
+        observation_state=poses[:-1, :2].astype(np.float32),
+        environment_state=_keypoints(env, poses[:-1]).astype(np.float32),
+        image=np.stack(images) if image else None,
+        action=action,
+        coverage=covered,
+        reward=np.clip(covered / SUCCESS_COVERAGE, 0.0, 1.0).astype(np.float32),
+        done=done,
+        success=covered > SUCCESS_COVERAGE,
+    )
+
+
+def _pose(env: Any) -> tuple[float, float, float, float, float]:
+    return (*env.agent.position, *env.block.position, env.block.angle)
+
+
+def _advance(env: Any, x: float, y: float) -> None:
+    """The physics of PushTEnv.step, in its order of operations but on plain floats."""
+    agent, step, dt, k_p, k_v = env.agent, env.space.step, env.dt, env.k_p, env.k_v
+    vx, vy = agent.velocity
+    for _ in range(int(1 / (dt * env.control_hz))):
+        px, py = agent.position
+        vx += (k_p * (x - px) + k_v * (0 - vx)) * dt
+        vy += (k_p * (y - py) + k_v * (0 - vy)) * dt
+        agent.velocity = (vx, vy)
+        step(dt)
+
+
+def _keypoints(env: Any, poses: Float64[np.ndarray, "T 5"]) -> Float64[np.ndarray, "T 16"]:
+    """PushTEnv.get_keypoints for many poses at once."""
+    corners = np.array([vertex for shape in env._block_shapes for vertex in shape.get_vertices()])
+    cos = np.array([math.cos(angle) for angle in poses[:, 4]])[:, None]
+    sin = np.array([math.sin(angle) for angle in poses[:, 4]])[:, None]
+    x = corners[:, 0] * cos - corners[:, 1] * sin + poses[:, 2, None]
+    y = corners[:, 0] * sin + corners[:, 1] * cos + poses[:, 3, None]
+    return np.stack((x, y), axis=-1).reshape(len(poses), 16)

@@ -1,0 +1,120 @@
+"""Errors for people: one line that says what, where, the value given and what to do."""
+
+import difflib
+import re
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+RENAMED = {
+    "policy.hidden_dim": "policy.dim_model",
+    "policy.dim_feedforward_network": "policy.dim_feedforward",
+    "policy.lr": "policy.optimizer_lr",
+    "policy.name": "policy.type",
+    "env_eval_freq": "eval_freq",
+    "lr": "policy.optimizer_lr",
+    "chunk_size": "policy.chunk_size",
+    "device": "policy.device",
+    "dataset_repo_id": "dataset.repo_id",
+    "training.steps": "steps",
+    "training.offline_steps": "steps",
+    "training.batch_size": "batch_size",
+    "training.lr": "policy.optimizer_lr",
+    "training.eval_freq": "eval_freq",
+    "training.save_freq": "save_freq",
+    "eval.seed": "eval.start_seed",
+    "resume": "mode=resume",
+    "config_path": "resume.path",
+    "policy.path": "checkpoint (mode=eval) or resume.path (mode=resume)",
+}
+"""Names of older LeRobots, of LeRobot's command line and of the ACT paper's code that many a script still has."""
+
+
+LEROBOT_SECTIONS = ("policy", "env", "dataset", "optimizer", "scheduler")
+SEVERAL = r"{0} gives several values: add -m to sweep over them, or quote them as one"
+HYDRA_SAYS = {
+    r"Ambiguous value for argument '(.+)'": SEVERAL,
+    r"Sweep parameters '(.+)' requires --multirun": SEVERAL,
+    r"An item is already at '(.+)'": "+{0}: {0} is there already, leave the + out",
+    r"(\S+) appears more than once in the final defaults list": "+{0}: {0} is chosen already, leave the + out",
+    r"Could not delete(?: from config\.)? '(.+)'": "~{0}: there is no {0} to remove, leave it out",
+    r"Config group override must be a string or a list\. Got (\w+)": (
+        "a group was given an {0}: give the name of one of its choices, such as policy=act; --help lists them"
+    ),
+}
+"""What Hydra's messages mean here, by a pattern of them."""
+TYPE_WANTED = {
+    "converted to Integer": "give a whole number",
+    "converted to Float": "give a number",
+    "not a valid bool": "give true or false",
+    "is not Optional": "it must have a value",
+    "Invalid type assigned": "it is a section, give one of its keys; --cfg job shows them",
+}
+"""The remedy, by a part of OmegaConf's objection to a value."""
+
+
+def explain(error: Exception, config_dir: str) -> str:
+    """`error` as one line."""
+    text = str(error)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read: give KEY=VALUE, a value of special characters in quotes"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1], config_dir)
+    if match := re.search(r"Error merging override ((\S+?)=.*)", text):
+        return _wrong_value(match[1], match[2], str(error.__cause__))
+    if isinstance(error, MissingConfigException) and (match := re.search(r"Could not find '(.+)/([^/']+)'", text)):
+        return _unknown_option(match[1], match[2], text)
+    for pattern, meaning in HYDRA_SAYS.items():
+        if match := re.search(pattern, text):
+            return meaning.format(match[1])
+    return " ".join(text.partition("\nSee https")[0].split())
+
+
+def _unknown_key(key: str, config_dir: str) -> str:
+    if key in RENAMED:
+        return f"{key} is unknown: did you mean {RENAMED[key]}?"
+    known = _known_keys(config_dir)
+    section, _, leaf = key.rpartition(".")
+    if section in LEROBOT_SECTIONS:
+        siblings = [k for k in known if k.rpartition(".")[0] == section]
+        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.85) or [k for k in known if k == leaf]
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{key} is not in conf/: {hint}+{key}=VALUE reaches LeRobot's other fields"
+    near = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    return f"{key} is unknown: " + (f"did you mean {near[0]}?" if near else "--cfg job shows the keys there are")
+
+
+def _wrong_value(given: str, key: str, objection: str) -> str:
+    if key in RENAMED:
+        return f"{given}: did you mean {RENAMED[key]}?"
+    wanted = next((remedy for part, remedy in TYPE_WANTED.items() if part in objection), objection.splitlines()[0])
+    return f"{given}: {wanted}"
+
+
+def _unknown_option(group: str, option: str, text: str) -> str:
+    available = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
+    near = difflib.get_close_matches(option, available, n=1)
+    hint = f"did you mean {group}={near[0]}? " if near else ""
+    return f"{group}={option} does not exist: {hint}there is {', '.join(available) or 'nothing in that group'}"
+
+
+def _known_keys(config_dir: str) -> list[str]:
+    """Every key and group of the default configuration."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir=config_dir, version_base="1.3"):
+        cfg = compose("config", return_hydra_config=True)
+    groups = [group for group in cfg.hydra.runtime.choices if not group.startswith("hydra/")]
+    return groups + [key for key in _paths(cfg) if not key.startswith("hydra.")]
+
+
+def _paths(cfg: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in map(str, cfg):
+        if OmegaConf.is_missing(cfg, key):
+            continue
+        keys.append(f"{prefix}{key}")
+        if not OmegaConf.is_interpolation(cfg, key) and isinstance(cfg[key], DictConfig):
+            keys += _paths(cfg[key], f"{prefix}{key}.")
+    return keys

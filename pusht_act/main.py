@@ -1,0 +1,84 @@
+"""The Hydra entry: compose -> Config -> match mode."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pusht_act.config import register
+from pusht_act.explain import explain
+from pusht_act.job import Result, execute
+
+PACKAGE = Path(__file__).parent
+# In a wheel conf/ lies inside the package, in a checkout beside it.
+CONFIG_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
+USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+WANT_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+register()
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_DIR, config_name="config")  # type: ignore[untyped-decorator]
+def _task(cfg: DictConfig) -> Any:
+    hydra_node = HydraConfig.get()
+    try:
+        return _execute(cfg, hydra_node).objective
+    except USER_ERRORS as error:
+        if hydra_node.mode is RunMode.MULTIRUN or WANT_TRACEBACK:
+            raise
+        _exit(error)  # from here: Hydra would print a line of its own above ours
+
+
+def run(overrides: list[str]) -> Result:
+    """Do what `pusht-act OVERRIDES` does, from Python, and return its result.
+
+    Raises:
+        ValueError, OSError: what the command line prints as one line.
+    """
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
+        cfg = compose("config", overrides, return_hydra_config=True)
+        hydra_node = cfg.hydra
+        with_hydra = cfg.copy()
+        OmegaConf.set_struct(cfg, False)
+        del cfg["hydra"]
+        HydraConfig.instance().set_config(with_hydra)
+    return _execute(cfg, hydra_node)
+
+
+def _execute(cfg: DictConfig, hydra_node: Any) -> Result:
+    overrides = list(hydra_node.overrides.task)
+    if hydra_node.mode is RunMode.MULTIRUN and not any(o.startswith("output_dir=") for o in overrides):
+        overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
+        cfg.output_dir = hydra_node.runtime.output_dir
+    return execute(cfg, overrides, dict(hydra_node.runtime.choices))
+
+
+def main() -> None:
+    """The command `pusht-act`."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line printed is ours
+    try:
+        _task()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if WANT_TRACEBACK:
+            raise
+        _exit(error)
+
+
+def _exit(error: Exception) -> NoReturn:
+    logging.shutdown()
+    sys.exit(f"pusht-act: {explain(error, CONFIG_DIR)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Where metrics go: metrics.jsonl in the run directory, and W&B when it is enabled."""
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from pusht_act.config import Config
+from pusht_act.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+
+class Window:
+    """Means of a step's metrics since the last line; the sums stay on the device until somebody reads them."""
+
+    def __init__(self, sums: dict[str, float] | None = None) -> None:
+        self._sums: dict[str, Any] = dict(sums or {})
+
+    def add(self, values: dict[str, Tensor | float]) -> None:
+        """One step's values."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+        self._sums["steps"] = self._sums.get("steps", 0) + 1
+
+    def sums(self) -> dict[str, float]:
+        """Python numbers, to be saved and given back to `Window`."""
+        return {key: float(value) for key, value in self._sums.items()}
+
+    def means(self) -> dict[str, float]:
+        """The mean of each; empty before the first step."""
+        sums = self.sums()
+        steps = sums.pop("steps", 0)
+        return {key: value / steps for key, value in sums.items()} if steps else {}
+
+    def check_finite(self, step: int) -> None:
+        """Stop before weights that have broken are logged as progress or saved.
+
+        Raises:
+            ValueError: the loss became NaN or infinite since the last check.
+        """
+        loss = self.means().get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss became {loss} by step {step}: lower policy.optimizer_lr and go on with mode=resume from the "
+                "last checkpoint, which is sound"
+            )
+
+
+class Sink(Protocol):
+    """Somewhere metrics go."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Take `values` of one step."""
+
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ...}, each step's group once."""
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _rewind(path, resumed_at)
+        self._file = path.open("a")
+
+    def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:  # noqa: D102
+        self._file.close()
+
+
+def _rewind(path: Path, step: int) -> None:
+    """Drop lines past `step`, which the resumed run writes again, and a last line cut short by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+class Wandb:
+    """A W&B run; without a login it is kept offline, and a failure to start never stops the training."""
+
+    def __init__(self, config: Config, run: RunDir, run_id: str | None) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # its own banner; what matters is logged below
+        import wandb
+
+        mode = config.wandb.mode or os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        if mode == "offline" and config.wandb.mode is None:
+            log.info("no W&B login: the run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it", run.path)
+        run.path.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=config.job_name,
+            notes=config.wandb.notes,
+            dir=run.path,
+            id=run_id,
+            resume="allow" if run_id else None,
+            mode=mode,  # type: ignore[arg-type]
+            config={"policy": config.policy, "dataset": config.dataset, "env": config.env, "seed": config.seed,
+                    "steps": config.steps, "batch_size": config.batch_size},
+            job_type="train_eval",
+            save_code=False,
+        )  # fmt: skip
+        self.run_id: str = self._run.id
+
+    def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
+        self._run.log(values, step=step)
+
+    def close(self) -> None:  # noqa: D102
+        self._run.finish()
+
+
+class Metrics:
+    """All sinks of a run, as a context manager."""
+
+    def __init__(self, config: Config, run: RunDir, resumed_at: int, wandb_run_id: str | None) -> None:
+        self.wandb_run_id = wandb_run_id
+        self._sinks: list[Sink] = [JsonLines(run.metrics, resumed_at)]
+        if config.wandb.enable and config.wandb.mode != "disabled":
+            wandb = Wandb(config, run, wandb_run_id)
+            self.wandb_run_id = wandb.run_id
+            self._sinks.append(wandb)
+
+    def log(self, group: str, values: dict[str, float], step: int) -> None:
+        """`values` under `group/`, such as train/loss or eval/pc_success."""
+        for sink in self._sinks:
+            sink.log({f"{group}/{key}": value for key, value in values.items()}, step)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for sink in self._sinks:
+            sink.close()

@@ -1,0 +1,135 @@
+"""LeRobot's ACT policy: made, loaded, its loss, its processors, its optimizer."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lerobot.optim import AdamWConfig
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.act.processor_act import make_act_pre_post_processors
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import ACTION, OBS_IMAGES
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+@dataclass(frozen=True)
+class Processors:
+    """LeRobot's pipelines: `pre` normalizes a batch on the policy's device, `post` returns actions in pixels."""
+
+    pre: PolicyProcessorPipeline[dict[str, Any], dict[str, Any]]
+    post: PolicyProcessorPipeline[Any, Any]
+
+
+def make_policy(config: ACTConfig) -> ACTPolicy:
+    """A fresh ACT on `config.device`; draws from PyTorch's global generator.
+
+    Raises:
+        ValueError: the ImageNet weights of the backbone cannot be had.
+    """
+    try:
+        return ACTPolicy(config).to(config.device)
+    except OSError as error:  # torchvision downloads by urllib, whose errors are OSErrors
+        raise ValueError(
+            f"policy.pretrained_backbone_weights={config.pretrained_backbone_weights} cannot be downloaded ({error}): "
+            "give policy.pretrained_backbone_weights=null to start from random weights"
+        ) from error
+
+
+def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
+    """The ACT with the weights in `directory`/model.safetensors.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another architecture than `config`.
+    """
+    # The weights to load replace ImageNet's, which stock LeRobot downloads here all the same.
+    policy = ACTPolicy(dataclasses.replace(config, pretrained_backbone_weights=None))
+    policy.config = config
+    path = directory / "model.safetensors"
+    try:
+        load_model(policy, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): give another checkpoint") from error
+    except RuntimeError as error:  # keys or shapes differ
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} holds another policy than its config.json describes: {reason}") from error
+    return policy.to(config.device)
+
+
+def make_processors(config: ACTConfig, stats: dict[str, dict[str, Tensor]]) -> Processors:
+    """The processors of a fresh policy; `stats` as `data.normalization_stats` gives them."""
+    return Processors(*make_act_pre_post_processors(config, stats))
+
+
+def load_processors(config: ACTConfig, directory: Path) -> Processors:
+    """The processors saved in a checkpoint, whose statistics stand, moved to the policy's device."""
+    device = {"device_processor": {"device": config.device}}
+    try:
+        return Processors(*make_pre_post_processors(config, str(directory), preprocessor_overrides=device))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory}: the processors are missing or damaged ({reason})") from error
+
+
+def act_loss(policy: ACTPolicy, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """ACT's loss on a normalized batch: L1 over the actions that are not padding, plus kl_weight times the KL term.
+
+    The same arithmetic as LeRobot's `ACTPolicy.forward`, whose `.item()` waits for the device at every step; here the
+    parts stay tensors. In eval mode there is no KL term: the latent is zero.
+
+    Returns:
+        the loss and its parts under LeRobot's names, l1_loss and kld_loss.
+    """
+    inputs = dict(batch)
+    if policy.config.image_features:
+        inputs[OBS_IMAGES] = [batch[key] for key in policy.config.image_features]  # type: ignore[assignment]
+    actions_hat, (mu, log_sigma_x2) = policy.model(inputs)
+    error = F.l1_loss(batch[ACTION], actions_hat, reduction="none")
+    valid = ~batch["action_is_pad"].unsqueeze(-1)
+    l1_loss = (error * valid).sum() / (valid.sum() * error.shape[-1]).clamp_min(1)
+    if not policy.config.use_vae or log_sigma_x2 is None:
+        return l1_loss, {"l1_loss": l1_loss.detach()}
+    # KL(q(z|x) || N(0, 1)), summed over the latent's dimensions (Kingma and Welling 2013, appendix B)
+    kld_loss = (-0.5 * (1 + log_sigma_x2 - mu.pow(2) - log_sigma_x2.exp())).sum(-1).mean()
+    loss = l1_loss + kld_loss * policy.config.kl_weight
+    return loss, {"l1_loss": l1_loss.detach(), "kld_loss": kld_loss.detach()}
+
+
+def make_optimizer(policy: ACTPolicy, config: AdamWConfig) -> Optimizer:
+    """AdamW over LeRobot's two groups: everything but the backbone, and the backbone at its own rate."""
+    return config.build(policy.get_optim_params())  # type: ignore[no-any-return]
+
+
+def reapply_options(
+    optimizer: Optimizer, scheduler: LRScheduler | None, config: AdamWConfig, policy: ACTConfig
+) -> None:
+    """After the optimizer's state was loaded: the rates and options of the configuration hold, not the file's.
+
+    PyTorch restores the old learning rate with the moments, so a new one given on resume would do nothing. Under a
+    schedule the base rate is replaced and the present rate scaled with it.
+    """
+    for i, (group, rate) in enumerate(
+        zip(optimizer.param_groups, (policy.optimizer_lr, policy.optimizer_lr_backbone), strict=True)
+    ):
+        group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
+        if scheduler is None:
+            group["lr"] = rate
+        elif rate != scheduler.base_lrs[i]:
+            group["lr"] *= rate / scheduler.base_lrs[i]
+            group["initial_lr"] = scheduler.base_lrs[i] = rate
+
+
+def autocast(policy: ACTPolicy) -> torch.autocast:
+    """bfloat16 where LeRobot's `policy.use_amp` asks for mixed precision."""
+    config = policy.config
+    return torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16, enabled=config.use_amp)

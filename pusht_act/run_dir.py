@@ -1,0 +1,204 @@
+"""The paths within a run directory, and whether a run may use it: fresh, resumed or refused.
+
+Imports neither torch nor lerobot, so that a refusal answers at once.
+"""
+
+import itertools
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("pusht-act", "lerobot", "torch", "torchvision", "gym-pusht", "pymunk", "hydra-core", "numpy", "av", "wandb")
+OURS = "pusht_act.json"
+"""In a checkpoint's two folders, what LeRobot does not keep."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory, with the training state beside it if a training run wrote it."""
+
+    model: Path
+
+    @property
+    def directory(self) -> Path:
+        """The step's folder."""
+        return self.model.parent
+
+    @property
+    def training(self) -> Path:
+        """The training state, beside the model."""
+        return self.directory / "training_state"
+
+    @property
+    def run(self) -> Path | None:
+        """The run directory it lies in, if it does."""
+        parent = self.directory.resolve().parent
+        return parent.parent if parent.name == "checkpoints" else None
+
+    @property
+    def name(self) -> str:
+        """Its step as the folder's name has it."""
+        return self.directory.resolve().name
+
+    @property
+    def step(self) -> int:
+        """The optimizer step it was written at.
+
+        Raises:
+            ValueError: there is no training state, so it can be evaluated but not resumed.
+        """
+        try:
+            return int(json.loads((self.training / "training_step.json").read_text())["step"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{self.directory} has no readable training_state/training_step.json, so nothing can be resumed from "
+                "it: give a checkpoint that a training run wrote"
+            ) from error
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a step, and the links last and best."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What the console showed."""
+        return self.path / "train.log"
+
+    def evaluation(self, step: int, start_seed: int, n_episodes: int) -> Path:
+        """One folder a (checkpoint, seeds): evaluating again writes the same numbers to the same place."""
+        return self.path / "eval" / f"step-{step:06d}_seeds-{start_seed}-{start_seed + n_episodes - 1}"
+
+
+def check_unused(path: Path, overwrite: bool) -> None:
+    """Before a new run: its directory must be empty or absent, unless it may be moved aside.
+
+    Raises:
+        FileExistsError: it is in use.
+    """
+    if _in_use(path) and not overwrite:
+        raise FileExistsError(
+            f"output_dir={path} is in use: continue it with mode=resume, give another job_name= or output_dir=, "
+            "or move it aside with overwrite=true"
+        )
+    if _in_use(path) and Path.cwd().is_relative_to(path.resolve()):
+        raise FileExistsError(f"output_dir={path} is the working directory or above it: give a folder of the run's own")
+
+
+def move_aside(path: Path) -> None:
+    """Rename a run directory in use to path.old-N; nothing is ever deleted."""
+    if _in_use(path):
+        names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
+
+
+def _in_use(path: Path) -> bool:
+    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def find_checkpoint(path: str, key: str) -> Checkpoint:
+    """The checkpoint at `path`: a run directory (then its `last`), a step's folder, its model folder or a file in it.
+
+    Raises:
+        FileNotFoundError: there is none; `key` names the option in the message.
+    """
+    at = Path(path).expanduser()
+    if at.is_file():
+        at = at.parent
+    for model in (at, at / "pretrained_model", at / "checkpoints" / "last" / "pretrained_model"):
+        if (model / "config.json").is_file():
+            return Checkpoint(model.parent.resolve() / model.name)
+    if at.is_dir():
+        raise FileNotFoundError(
+            f"{key}={path} holds no checkpoint (no config.json): give .../checkpoints/STEP of a run"
+        )
+    raise FileNotFoundError(f"{key}={path} does not exist: give a checkpoint of a run, such as .../checkpoints/last")
+
+
+def last_checkpoint(run: RunDir) -> Checkpoint:
+    """`last` of a run.
+
+    Raises:
+        FileNotFoundError: nothing to resume.
+    """
+    model = run.checkpoints / "last" / "pretrained_model"
+    if (model / "config.json").is_file():
+        return Checkpoint(model.parent.resolve() / model.name)
+    others = sorted(str(p.parent.parent) for p in run.path.parent.glob("*/checkpoints/last"))
+    hint = f"; there is {', '.join(others)} (give output_dir=)" if others else ""
+    raise FileNotFoundError(
+        f"nothing to resume in {run.path}{hint}: start with mode=full, or name a checkpoint with resume.path="
+    )
+
+
+def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) -> None:
+    """config.yaml, the composed configuration, and one more line in runs.jsonl: command, commit, versions, host."""
+    from omegaconf import OmegaConf
+
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"output_dir={run.path} cannot be made ({error.strerror}): give output_dir= where you may write"
+        ) from error
+    (run.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    entry = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(overrides),
+        "git": git_commit(),
+        "versions": package_versions(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
+    with (run.path / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def command_line(overrides: list[str]) -> str:
+    """The command that composed the job."""
+    return shlex.join(["pusht-act", *overrides])
+
+
+def package_versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def git_commit() -> str | None:
+    """The commit of the source, "+changes" when the tree differs from it; None when no repository holds it."""
+    source = Path(__file__).parent
+    git = ["git", "-C", str(source)]
+    try:
+        # An installed package may lie within somebody else's repository.
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return sha + ("+changes" if changed.stdout else "")

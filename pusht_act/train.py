@@ -1,0 +1,263 @@
+"""The training loop: batches in, steps, metrics, evaluations and checkpoints out."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.policies.act.modeling_act import ACTPolicy
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pusht_act import checkpoint as checkpoints
+from pusht_act.checkpoint import LoopState, TrainingObjects
+from pusht_act.config import Config
+from pusht_act.data import (
+    Batch,
+    ResidentData,
+    SampleOrder,
+    normalization_stats,
+    open_dataset,
+    policy_features,
+    split_episodes,
+)
+from pusht_act.evaluate import Evaluation, evaluate
+from pusht_act.lerobot_config import LeRobotConfig, train_pipeline_config
+from pusht_act.metrics import Metrics, Window
+from pusht_act.policy import (
+    Processors,
+    act_loss,
+    autocast,
+    load_policy,
+    load_processors,
+    make_optimizer,
+    make_policy,
+    make_processors,
+    reapply_options,
+)
+from pusht_act.run_dir import Checkpoint, RunDir
+from pusht_act.seeding import seed_initialisation, seed_training_noise
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a finished run returns."""
+
+    step: int
+    metrics: dict[str, float]
+    """Means of the last steps."""
+    checkpoint: Checkpoint | None
+    evaluation: Evaluation | None
+    """The last one."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything the loop needs, made once."""
+
+    objects: TrainingObjects
+    data: ResidentData
+    order: SampleOrder
+    held_out: Tensor
+    """Frame numbers of the validation samples; empty without dataset.eval_split."""
+    state: LoopState
+
+
+def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> Setup:
+    """Data, policy, optimizer and the loop's state: fresh, or as they stood at checkpoint `start`.
+
+    Writes nothing but the cache.
+
+    Raises:
+        ValueError: a configuration that does not fit the data or the checkpoint.
+    """
+    frames = open_dataset(config, lerobot)
+    train_episodes, eval_episodes = split_episodes(frames, lerobot.dataset.episodes, lerobot.dataset.eval_split)
+    inputs, outputs = policy_features(frames)
+    if start is not None and (lerobot.policy.input_features, lerobot.policy.output_features) != (inputs, outputs):
+        raise ValueError(
+            f"dataset {frames.repo_id} has {', '.join([*inputs, *outputs])}, the checkpoint's policy was made for "
+            f"{', '.join([*(lerobot.policy.input_features or {}), *(lerobot.policy.output_features or {})])}"
+        )
+    lerobot.policy.input_features, lerobot.policy.output_features = inputs, outputs
+    order = SampleOrder(frames, train_episodes, config.seed)
+    seed_initialisation(config.seed)
+    if start is None:
+        policy = make_policy(lerobot.policy)
+        stats = normalization_stats(frames, lerobot.dataset.use_imagenet_stats)
+        processors = make_processors(lerobot.policy, stats)
+        seed_training_noise(config.seed)
+    else:
+        policy = load_policy(lerobot.policy, start.model)
+        processors = load_processors(lerobot.policy, start.model)
+    optimizer = make_optimizer(policy, lerobot.optimizer)
+    scheduler = lerobot.scheduler.build(optimizer, config.steps) if lerobot.scheduler else None
+    objects = TrainingObjects(policy, processors, optimizer, scheduler)
+    state = LoopState() if start is None else _resumed_state(config, lerobot, start, objects, order)
+    held_out = torch.cat(
+        [torch.arange(*frames.episodes[e]) for e in eval_episodes] or [torch.empty(0, dtype=torch.long)]
+    )
+    data = ResidentData(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
+    log.info(
+        "%s: %d episodes, %d frames%s; ACT with %.1f M parameters on %s",
+        frames.repo_id, len(train_episodes), len(order),
+        f" ({len(eval_episodes)} episodes held out)" if eval_episodes else "",
+        sum(p.numel() for p in policy.parameters()) / 1e6, lerobot.policy.device,
+    )  # fmt: skip
+    return Setup(objects, data, order, held_out, state)
+
+
+def _resumed_state(
+    config: Config, lerobot: LeRobotConfig, start: Checkpoint, objects: TrainingObjects, order: SampleOrder
+) -> LoopState:
+    state = checkpoints.load(start, objects)
+    reapply_options(objects.optimizer, objects.scheduler, lerobot.optimizer, lerobot.policy)
+    batch_size, processes = checkpoints.written_with(start)
+    if batch_size not in (None, config.batch_size):
+        log.warning(
+            "batch_size=%d, the checkpoint's was %d: the data order goes on where it was", config.batch_size, batch_size
+        )
+    order.load_state_dict(state.sampler or order.state_at(state.step, batch_size or config.batch_size, processes))
+    return state
+
+
+def train_step(objects: TrainingObjects, batch: Batch, grad_clip_norm: float) -> dict[str, Tensor]:
+    """One optimizer step on a normalized batch.
+
+    Returns:
+        loss, its parts and the gradient's norm before clipping, as tensors on the device: reading one waits for it.
+    """
+    policy = objects.policy.train()
+    with autocast(policy):
+        loss, parts = act_loss(policy, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    grad_norm = clip_grad_norm_(policy.parameters(), grad_clip_norm if grad_clip_norm > 0 else float("inf"))
+    objects.optimizer.step()
+    objects.optimizer.zero_grad()
+    if objects.scheduler is not None:
+        objects.scheduler.step()
+    return {"loss": loss.detach(), **parts, "grad_norm": grad_norm}
+
+
+def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any]) -> Training:
+    """Train from where `setup` stands to `config.steps`; everything written goes into `run`.
+
+    `record` is kept in every checkpoint, so that it can be resumed and evaluated on its own.
+
+    Raises:
+        ValueError: the loss is no longer finite.
+    """
+    objects, state, order = setup.objects, setup.state, setup.order
+    policy, processors = objects.policy, objects.processors
+    window, saved, evaluation = Window(state.window), None, None
+    means: dict[str, float] = {}
+    with Metrics(config, run, state.step, state.wandb_run_id) as metrics, _Progress(config, state.step) as progress:
+        state.wandb_run_id = metrics.wandb_run_id
+        train_config = train_pipeline_config(config, lerobot, state.wandb_run_id)
+        for step in range(state.step + 1, config.steps + 1):
+            began = time.perf_counter()
+            batch = processors.pre(setup.data.batch(order.next_batch(config.batch_size)))
+            fetched = time.perf_counter()
+            losses = train_step(objects, batch, lerobot.optimizer.grad_clip_norm)
+            window.add({**losses, "dataloading_s": fetched - began})
+            progress.update(time.perf_counter() - began)
+
+            last = step == config.steps
+            if _due(step, config.log_freq) or last:
+                means = {**window.means(), "lr": objects.optimizer.param_groups[0]["lr"]}
+                window.check_finite(step)
+                metrics.log("train", {**means, "samples_per_s": progress.rate * config.batch_size}, step)
+                progress.report(step, means)
+                window = Window()
+            if _due(step, config.eval_steps):
+                loss = validation_loss(policy, processors, setup.data, setup.held_out, config.batch_size)
+                metrics.log("eval", {"loss": loss}, step)
+                log.info("step %d: validation loss %.4f", step, loss)
+            former_best = state.best
+            if _due(step, config.eval_freq) or (last and config.eval_freq):
+                directory = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
+                evaluation = evaluate(
+                    policy, processors, lerobot.env, config.eval, directory=directory, description=f"evaluating {step}"
+                )
+                metrics.log("eval", evaluation.metrics, step)
+                log.info("step %d: %s", step, evaluation)
+                if former_best is None or list(evaluation.score) > former_best["score"]:
+                    state.best = {"step": step, "score": list(evaluation.score)}
+            is_best = state.best is not former_best
+            if config.save_checkpoint and (_due(step, config.save_freq) or last or is_best):
+                window.check_finite(step)
+                state.step, state.sampler, state.window = step, order.state_dict(), window.sums()
+                saved = checkpoints.save(run, objects, state, train_config, record)
+                log.info("step %d: saved %s", step, saved.directory)
+                if is_best:
+                    checkpoints.mark_best(run, saved, _kept_for_being_best(config, run, former_best))
+    return Training(config.steps, means, saved, evaluation)
+
+
+def validation_loss(
+    policy: ACTPolicy, processors: Processors, data: ResidentData, indices: Tensor, batch_size: int
+) -> float:
+    """Mean loss over the held-out frames in eval mode, batch by batch as stock LeRobot takes it (no KL term)."""
+    policy.eval()
+    with torch.inference_mode(), autocast(policy):
+        losses = [act_loss(policy, processors.pre(data.batch(part)))[0] for part in torch.split(indices, batch_size)]
+    policy.train()
+    return float(torch.stack(losses).mean())
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _kept_for_being_best(config: Config, run: RunDir, best: dict[str, Any] | None) -> Path | None:
+    """The folder of the former best if no save_freq asked for it: a long run must not fill the disk with them."""
+    link = run.checkpoints / "best"
+    if best is None or _due(best["step"], config.save_freq) or not link.is_symlink():
+        return None
+    return link.resolve()
+
+
+class _Progress:
+    """A bar where there is a terminal; everywhere a line at each log step."""
+
+    def __init__(self, config: Config, start: int) -> None:
+        self._steps = config.steps
+        self._bar: tqdm[Any] = tqdm(total=config.steps, initial=start, desc=config.job_name, unit="step", disable=None)
+        self._redirect = logging_redirect_tqdm()
+        self._count, self._seconds = 0, 0.0
+
+    def update(self, seconds: float) -> None:
+        """One step more, which took `seconds`; evaluations and saves are not steps."""
+        self._bar.update()
+        self._count += 1
+        self._seconds += seconds
+
+    @property
+    def rate(self) -> float:
+        """Steps a second since the last report."""
+        return self._count / max(self._seconds, 1e-9)
+
+    def report(self, step: int, means: dict[str, float]) -> None:
+        """The means, the rate and the time left, as a line and beside the bar."""
+        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - step) / max(self.rate, 1e-9)))
+        log.info(
+            "step %d/%d: loss %.4f, gradient norm %.2f, lr %.1e, %.1f steps/s (data %.0f %%), %s left",
+            step, self._steps, means["loss"], means["grad_norm"], means["lr"], self.rate,
+            100 * means["dataloading_s"] * self.rate, left,
+        )  # fmt: skip
+        self._bar.set_postfix(loss=f"{means['loss']:.4f}")
+        self._count, self._seconds = 0, 0.0
+
+    def __enter__(self) -> "_Progress":
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        self._redirect.__exit__(None, None, None)

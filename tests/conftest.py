@@ -1,0 +1,106 @@
+"""What the tests share: one thread, a cache of their own, small data sets, a tiny run."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two threads on a busy machine wait for each other
+
+import pytest
+import torch
+
+import pusht_act
+from pusht_act.job import Result
+
+HUMAN = Path(__file__).parents[2] / "shared" / "data"
+"""The human demonstrations, beside a developer's checkout; never part of the project."""
+
+TINY = [
+    "mode=test",
+    "env=pusht_keypoints",
+    "dataset=demos",
+    "demos.n_episodes=4",
+    "policy=act_small",
+    "policy.chunk_size=8",
+    "policy.n_action_steps=8",
+    "policy.dim_model=32",
+    "batch_size=4",
+    "steps=4",
+    "log_freq=1",
+    "eval_freq=0",
+    "eval.n_episodes=2",
+    "eval.batch_size=2",
+    "eval.n_videos=0",
+    "env.episode_length=12",
+    "wandb.enable=false",
+]
+"""A run of seconds on one core, every part of it real."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    root = Path(os.environ.setdefault("PUSHT_ACT_CACHE", str(tmp_path_factory.mktemp("cache"))))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["WANDB_MODE"] = "offline"
+    return root
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Result]:
+    """Run TINY with more overrides, in tmp_path/run unless output_dir is given."""
+
+    def run(*overrides: str) -> Result:
+        return pusht_act.run([*TINY, f"output_dir={tmp_path / 'run'}", *overrides])
+
+    return run
+
+
+@pytest.fixture
+def human() -> Path:
+    if not HUMAN.is_dir():
+        pytest.skip("the human demonstrations (shared/data beside the checkout) are not here")
+    return HUMAN
+
+
+def _write_dataset(root: Path, image: bool) -> Path:
+    """Three short episodes of embedded demonstrations, written by LeRobot itself."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from pusht_act.demos import embedded
+    from pusht_act.demos.frames import FEATURES
+    from pusht_act.demos.replay import replay
+
+    seen = "observation.image" if image else "observation.environment_state"
+    features = {key: dict(FEATURES[key]) for key in (seen, "observation.state", "action")}
+    if image:
+        features[seen]["dtype"] = "video"
+    dataset = LeRobotDataset.create("local/tiny", fps=10, features=features, root=root, use_videos=image)
+    for demonstration, length in zip(embedded.load(3), (23, 31, 17), strict=True):
+        episode = replay(demonstration.start, demonstration.action[:length], image=image)
+        for t in range(length):
+            picture = episode.image[t] if episode.image is not None else episode.environment_state[t]
+            frame = {seen: picture, "observation.state": episode.observation_state[t], "action": episode.action[t]}
+            dataset.add_frame(frame | {"task": "push"})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LeRobotDataset v3.0 with video, 71 frames in 3 episodes."""
+    return _write_dataset(tmp_path_factory.mktemp("data") / "image", image=True)
+
+
+@pytest.fixture(scope="session")
+def keypoints_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with keypoints."""
+    return _write_dataset(tmp_path_factory.mktemp("data") / "keypoints", image=False)
