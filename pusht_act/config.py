@@ -14,7 +14,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-OmegaConf.register_new_resolver("min", lambda *numbers: min(numbers), replace=True)
+# What is no number is left to the checks below, which name its key.
+OmegaConf.register_new_resolver(
+    "min", lambda *values: min(value for value in values if isinstance(value, int | float)), replace=True
+)
 
 
 class Mode(Enum):
@@ -24,6 +27,7 @@ class Mode(Enum):
     full = "full"
     resume = "resume"
     eval = "eval"
+    demos = "demos"
 
 
 @dataclass
@@ -68,10 +72,31 @@ class WandbConfig:
 
 @dataclass
 class DemosConfig:
-    """The demonstrations embedded in the package, the data of `dataset=demos`."""
+    """Scripted demonstrations: how many of the embedded ones `dataset=demos` takes, and what `mode=demos` makes."""
 
     n_episodes: int = MISSING
-    """How many of them to replay and render (at most 2,000)."""
+    """dataset=demos: how many of the embedded ones to replay and render (at most 2,000); mode=demos: to make."""
+    start_seed: int = MISSING
+    """mode=demos: the first of the environment's reset seeds to start from; they go up by one, a start that is not
+    solved is left out. Apart from those of evaluation (100,000 and 200,000 up) and of the embedded ones (1,000,000)."""
+    coverage: float = MISSING
+    """Share of the goal to cover before an episode ends, in [0.95, 1); the environment asks for 0.95."""
+    speed: float = MISSING
+    """Px a step at which the planner walks round the T; it pushes at 7/9 of it."""
+    smoothness: float = MISSING
+    """Weight on changes of speed and direction; 0 ignores them."""
+    action_noise: float = MISSING
+    """Standard deviation in px of the noise on what is carried out; the actions recorded stay clean."""
+    replan: int = MISSING
+    """Steps between two searches for a plan; with noise 1 or 2 answer it best and take 2 to 3 times as long."""
+    seed: int = MISSING
+    """Of the planner's and the noise's random numbers: another one gives other demonstrations from the same starts."""
+    workers: int = MISSING
+    """Planning processes; 0: as many as there are cores. Part of the time, not of the result."""
+    push_to_hub: bool = MISSING
+    """Upload the finished data set, with a card, to the Hugging Face Hub."""
+    repo_id: str | None = MISSING
+    """Its name there, USER/NAME."""
 
 
 @dataclass
@@ -131,6 +156,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed", "eval.n_videos"),
+    *("demos.start_seed", "demos.workers"),
     *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
     *("optimizer.grad_clip_norm", "optimizer.eps"),
 )
@@ -212,6 +238,12 @@ def _check_mode(config: Config) -> None:
         )
     if config.mode is not Mode.resume and config.resume.path:
         raise ValueError(f"resume.path={config.resume.path} is for mode=resume: give mode=resume too, or leave it out")
+    if config.mode is Mode.demos and config.demos.n_episodes < 1:
+        raise ValueError(f"demos.n_episodes={config.demos.n_episodes} is too small: give 1 or more")
+    if config.mode is Mode.demos and config.policy.get("push_to_hub"):
+        raise ValueError("policy.push_to_hub=true: mode=demos makes a data set, give demos.push_to_hub=true to push it")
+    if config.mode is not Mode.demos and config.demos.push_to_hub:
+        raise ValueError("demos.push_to_hub=true is for mode=demos: give mode=demos too, or leave it out")
     if config.mode in (Mode.test, Mode.full) and (given := {"input_features", "output_features"} & {*config.policy}):
         key = min(given)
         raise ValueError(f"policy.{key}={config.policy[key]}: features are taken from the data set, leave it out")
@@ -238,7 +270,7 @@ def _check_dataset(config: Config) -> None:
         raise ValueError(f"dataset.eval_split={split} is not a fraction: give one from 0 up to, not including, 1")
     if config.eval_steps and not split:
         raise ValueError(f"eval_steps={config.eval_steps} needs held-out episodes: give dataset.eval_split=0.1, say")
-    if not 1 <= config.demos.n_episodes <= MAX_DEMOS:
+    if config.mode is not Mode.demos and not 1 <= config.demos.n_episodes <= MAX_DEMOS:
         raise ValueError(f"demos.n_episodes={config.demos.n_episodes} is out of range: give 1 to {MAX_DEMOS}")
 
 

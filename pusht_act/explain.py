@@ -39,6 +39,7 @@ HYDRA_SAYS = {
     r"Sweep parameters '(.+)' requires --multirun": SEVERAL,
     r"An item is already at '(.+)'": "+{0}: {0} is there already, leave the + out",
     r"(\S+) appears more than once in the final defaults list": "+{0}: {0} is chosen already, leave the + out",
+    r"Multiple values for (\S+)\. To override": "+{0}: {0} is chosen already, leave the + out",
     r"Could not delete(?: from config\.)? '(.+)'": "~{0}: there is no {0} to remove, leave it out",
     r"Config group override must be a string or a list\. Got (\w+)": (
         "a group was given an {0}: give the name of one of its choices, such as policy=act; --help lists them"

@@ -32,35 +32,45 @@ def download(repo_id: str) -> Path:
     return folder
 
 
-def check_can_push(repo_id: str | None) -> None:
-    """Refuse before hours of training what would fail after them.
+def check_can_push(repo_id: str | None, section: str = "policy") -> None:
+    """Refuse before hours of work what would fail after them; `section` has the keys push_to_hub and repo_id.
 
     Raises:
         ValueError: no token, or a repo_id nobody has chosen.
     """
     if repo_id is None or repo_id.startswith("YOUR_PROJECT_NAME/"):
         raise ValueError(
-            "policy.push_to_hub=true needs a place to push to: give policy.repo_id=USER/NAME or set YOUR_PROJECT_NAME"
+            f"{section}.push_to_hub=true needs a place to push to: give {section}.repo_id=USER/NAME or set "
+            "YOUR_PROJECT_NAME"
         )
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"policy.repo_id={repo_id} is no name on the Hub: give policy.repo_id=USER/NAME") from error
+        raise ValueError(
+            f"{section}.repo_id={repo_id} is no name on the Hub: give {section}.repo_id=USER/NAME"
+        ) from error
     if get_token() is None:
-        raise ValueError("policy.push_to_hub=true needs a Hub token: log in with `hf auth login` or set HF_TOKEN")
+        raise ValueError(f"{section}.push_to_hub=true needs a Hub token: log in with `hf auth login` or set HF_TOKEN")
 
 
 def push(config: Config, checkpoint: Path, metrics: dict[str, float], command: str) -> str:
-    """Upload the model of `checkpoint` with its card; returns the address of the commit."""
-    repo_id = str(config.policy["repo_id"])
+    """Upload the model of `checkpoint` with its card; returns the address of the commit.
+
+    Raises:
+        OSError: the upload failed; the model is still where it was.
+    """
+    repo_id, folder = str(config.policy["repo_id"]), checkpoint / "pretrained_model"
+    card = model_card(config, metrics, command).encode()
     api = HfApi()
-    api.create_repo(repo_id, private=config.policy.get("private"), exist_ok=True)
-    api.upload_file(
-        path_or_fileobj=model_card(config, metrics, command).encode(), path_in_repo="README.md", repo_id=repo_id
-    )
-    commit = api.upload_folder(
-        repo_id=repo_id, folder_path=checkpoint / "pretrained_model", allow_patterns=list(MODEL_FILES)
-    )
+    try:
+        api.create_repo(repo_id, private=config.policy.get("private"), exist_ok=True)
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))
+    except Exception as error:  # the Hub client and httpx raise classes of their own
+        raise OSError(
+            f"policy.repo_id={repo_id}: the upload failed ({type(error).__name__}), the model is in {folder}: "
+            f"send it with `hf upload {repo_id} {folder}`"
+        ) from error
     return str(commit.commit_url)
 
 

@@ -76,6 +76,8 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
     if mode is Mode.eval:
         assert checkpoint is not None
         return _evaluate(config, checkpoint, overrides)
+    if mode is Mode.demos:
+        return _demonstrate(config, overrides)
     return _train(config, checkpoint, overrides, choices)
 
 
@@ -138,6 +140,7 @@ def _train(config: Config, start: Checkpoint | None, overrides: list[str], choic
         metrics = training.evaluation.metrics if training.evaluation else {}
         log.info("pushed to %s", push(config, training.checkpoint.directory, metrics, command_line(overrides)))
     evaluation = training.evaluation
+    _say_what_next(config, run, overrides, evaluation.film_strip if evaluation else None)
     return Result(
         output_dir=run.path,
         step=training.step,
@@ -146,6 +149,22 @@ def _train(config: Config, start: Checkpoint | None, overrides: list[str], choic
         episodes=evaluation.episodes if evaluation else [],
         video_paths=evaluation.video_paths if evaluation else [],
     )
+
+
+def _say_what_next(config: Config, run: RunDir, overrides: list[str], film_strip: Path | None) -> None:
+    """After the last step: where to look, and three commands to try."""
+    if film_strip is not None:
+        log.info("to look at: %s and the videos beside it", film_strip)
+    if config.save_checkpoint:
+        log.info("500 episodes on fresh seeds: pusht-act mode=eval checkpoint=%s", run.path)
+        if config.scheduler:  # its rate has come to an end
+            again = [o for o in overrides if not o.startswith(("steps=", "job_name="))]
+            longer = [*again, f"steps={2 * config.steps}", f"job_name={config.job_name}_longer"]
+            log.info("twice as long: %s", command_line(longer))
+        else:
+            log.info("on from here: pusht-act mode=resume output_dir=%s steps=%d", run.path, 2 * config.steps)
+    several = ["-m", *(o for o in overrides if not o.startswith(("seed=", "output_dir="))), "seed=1,2,3"]
+    log.info("how much is luck: %s", command_line(several))
 
 
 @contextmanager
@@ -181,3 +200,18 @@ def _evaluate(config: Config, checkpoint: Checkpoint, overrides: list[str]) -> R
     return Result(
         directory, step, evaluation.metrics, checkpoint.directory, list(evaluation.episodes), evaluation.video_paths
     )
+
+
+def _demonstrate(config: Config, overrides: list[str]) -> Result:
+    check_unused(Path(config.output_dir), config.overwrite, remedy="give another output_dir=")
+    if config.demos.push_to_hub:
+        from pusht_act.hub import check_can_push
+
+        check_can_push(config.demos.repo_id, "demos")
+    from pusht_act.demos.collect import planner_options
+
+    options = planner_options(config.demos)
+    from pusht_act.demos.dataset import write_demos
+
+    written = write_demos(config, options, overrides)
+    return Result(written.path, metrics=written.metrics, video_paths=[written.video])

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from pusht_act.config import EMBEDDED_REPO_ID, Config, Mode
 from pusht_act.run_dir import Checkpoint
@@ -34,6 +34,8 @@ def lerobot_command(config: Config, checkpoint: Checkpoint | None = None) -> str
             program, flags = "lerobot-train", _resume_flags(config, checkpoint)
         case Mode.test | Mode.full:
             program, flags = "lerobot-train", _train_flags(config) | _optimizer_flags(config)
+        case Mode.demos:
+            raise ValueError("print_lerobot_command=true: LeRobot makes no demonstrations of PushT, leave it out")
     words = [f"--{key}={_text(value)}" for key, value in flags.items()]
     return " \\\n  ".join([program, *map(shlex.quote, words)])
 
@@ -138,8 +140,13 @@ def _text(value: Any) -> str:
     """As LeRobot's parser, which reads YAML, gives it back."""
     if isinstance(value, Path):
         return str(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
     try:
-        plain = isinstance(value, str) and yaml.safe_load(value) == value
+        return value if yaml.safe_load(value) == value else _quoted(value)
     except yaml.YAMLError:
-        plain = False
-    return str(value) if plain else json.dumps(value)
+        return _quoted(value)
+
+
+def _quoted(value: str) -> str:
+    return yaml.safe_dump(value, default_style='"', width=len(value) * 8 + 8, allow_unicode=True).strip()

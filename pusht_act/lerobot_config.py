@@ -211,13 +211,13 @@ def _refuse(name: str, section: dict[str, Any], refused: dict[str, str]) -> None
             raise ValueError(f"{name}.{key}={section[key]}: {reason}")
 
 
-def _decode(name: str, cls: type, section: dict[str, Any]) -> Any:
+def _decode(name: str, cls: Any, section: dict[str, Any]) -> Any:
     """draccus.decode, its error as one line; draccus keeps the reason in `__cause__`."""
     try:
         return draccus.decode(cls, section)
     except (DraccusException, NotImplementedError) as error:
         target = cls
-        if inspect.isabstract(cls) and issubclass(cls, draccus.ChoiceRegistry):  # one of several, by its `type`
+        if inspect.isabstract(cls):  # one of several, by its `type`
             choices = cls.get_known_choices()
             kind = section.get("type")
             if kind not in choices:

@@ -4,8 +4,11 @@ import json
 import logging
 import math
 import os
+import socket
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from torch import Tensor
 
@@ -82,7 +85,7 @@ def _rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -94,30 +97,36 @@ def _rewind(path: Path, step: int) -> None:
 
 
 class Wandb:
-    """A W&B run; without a login it is kept offline, and a failure to start never stops the training."""
+    """A W&B run; what keeps it from its server puts it offline, and never stops the training or asks anything."""
 
     def __init__(self, config: Config, run: RunDir, run_id: str | None) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # its own banner; what matters is logged below
         import wandb
 
-        mode = config.wandb.mode or os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-        if mode == "offline" and config.wandb.mode is None:
-            log.info("no W&B login: the run is kept offline, `wandb sync %s/wandb/offline-run-*` sends it", run.path)
+        mode = _wandb_mode(config)
+        reason = _unreachable(wandb.api) if mode == "online" else f"its mode is {mode}"
+        options: dict[str, Any] = {
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "name": config.job_name,
+            "notes": config.wandb.notes,
+            "dir": run.path,
+            "id": run_id,
+            "resume": "allow" if run_id else None,
+            "config": {"policy": config.policy, "dataset": config.dataset, "env": config.env, "seed": config.seed,
+                       "steps": config.steps, "batch_size": config.batch_size},
+            "job_type": "train_eval",
+            "save_code": False,
+        }  # fmt: skip
         run.path.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            name=config.job_name,
-            notes=config.wandb.notes,
-            dir=run.path,
-            id=run_id,
-            resume="allow" if run_id else None,
-            mode=mode,  # type: ignore[arg-type]
-            config={"policy": config.policy, "dataset": config.dataset, "env": config.env, "seed": config.seed,
-                    "steps": config.steps, "batch_size": config.batch_size},
-            job_type="train_eval",
-            save_code=False,
-        )  # fmt: skip
+        if reason is None:
+            try:
+                self._run = wandb.init(**options, mode="online")
+            except wandb.Error as error:  # such as a login that the server does not know
+                reason = " ".join(str(error).split())
+        if reason is not None:
+            log.info("W&B: %s, so the run is kept here; `wandb sync %s/wandb/offline-run-*` sends it", reason, run.path)
+            self._run = wandb.init(**options, mode="offline")
         self.run_id: str = self._run.id
 
     def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
@@ -127,13 +136,32 @@ class Wandb:
         self._run.finish()
 
 
+def _wandb_mode(config: Config) -> str:
+    return config.wandb.mode or os.environ.get("WANDB_MODE") or "online"
+
+
+def _unreachable(api: Any) -> str | None:
+    """Why W&B cannot be logged to from here; its own attempts to connect take minutes to give up."""
+    if not api.api_key:
+        return "no login (`wandb login`)"
+    url = urlsplit(api.settings("base_url"))
+    if getproxies():
+        return None
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        with socket.create_connection((url.hostname, port), timeout=5):
+            return None
+    except OSError as error:
+        return f"{url.netloc} cannot be reached ({error})"
+
+
 class Metrics:
     """All sinks of a run, as a context manager."""
 
     def __init__(self, config: Config, run: RunDir, resumed_at: int, wandb_run_id: str | None) -> None:
         self.wandb_run_id = wandb_run_id
         self._sinks: list[Sink] = [JsonLines(run.metrics, resumed_at)]
-        if config.wandb.enable and config.wandb.mode != "disabled":
+        if config.wandb.enable and _wandb_mode(config) != "disabled":
             wandb = Wandb(config, run, wandb_run_id)
             self.wandb_run_id = wandb.run_id
             self._sinks.append(wandb)

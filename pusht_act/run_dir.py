@@ -90,17 +90,16 @@ class RunDir:
         return self.path / "eval" / f"step-{step:06d}_seeds-{start_seed}-{start_seed + n_episodes - 1}"
 
 
-def check_unused(path: Path, overwrite: bool) -> None:
+def check_unused(
+    path: Path, overwrite: bool, remedy: str = "continue it with mode=resume, give another job_name= or output_dir="
+) -> None:
     """Before a new run: its directory must be empty or absent, unless it may be moved aside.
 
     Raises:
         FileExistsError: it is in use.
     """
     if _in_use(path) and not overwrite:
-        raise FileExistsError(
-            f"output_dir={path} is in use: continue it with mode=resume, give another job_name= or output_dir=, "
-            "or move it aside with overwrite=true"
-        )
+        raise FileExistsError(f"output_dir={path} is in use: {remedy}, or move it aside with overwrite=true")
     if _in_use(path) and Path.cwd().is_relative_to(path.resolve()):
         raise FileExistsError(f"output_dir={path} is the working directory or above it: give a folder of the run's own")
 

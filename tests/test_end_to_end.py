@@ -33,7 +33,7 @@ def test_every_mode(in_tmp: Path) -> None:
     shown = pusht_act("mode=test", *tiny, "steps=4", "eval_freq=4", "wandb.enable=true")
     assert "step 4/4: loss" in shown
     assert re.search(r"success \d+\.\d % \(95 %: \d+\.\d to \d+\.\d\)", shown)
-    assert "no W&B login: the run is kept offline" in shown
+    assert "so the run is kept here; `wandb sync" in shown
     run = in_tmp / "outputs" / "act_pusht" / "test"
     assert len(list((run / "wandb").glob("offline-run-*"))) == 1
 

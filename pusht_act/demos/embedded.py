@@ -1,6 +1,7 @@
 """Demonstrations that come with the package, so that the first training run needs no network."""
 
 import hashlib
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jaxtyping import Float32, Int64
 from pusht_act.demos.demonstrator import Demonstration
 
 PATH = Path(__file__).with_name("embedded.npz")
-SHA256 = "93e300f31e3a9f97cc7ad8d88c682ce69850cd55c086b223c8fc86a7fb6154d8"
+SHA256 = "533550383611c0273824e5d3752bbb791a9dc68cc4fd21da0213bebc4f8861a7"
 REMEDY = "install the package again, or write the file anew with `python -m pusht_act.demos.embed`"
 
 
@@ -29,7 +30,7 @@ def _read() -> tuple[Demonstration, ...]:
     try:
         with np.load(PATH, allow_pickle=False) as file:
             seed, length, action, covered = (file[key] for key in ("seed", "length", "action", "coverage"))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{PATH}: cannot be read ({error}); {REMEDY}") from error
     found = content_hash(seed, length, action)
     if found != SHA256:

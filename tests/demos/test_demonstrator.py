@@ -1,7 +1,7 @@
 """The planner and the demonstrator, judged by gym-pusht."""
 
+import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,7 +115,7 @@ def test_labels_answer_to_where_the_noise_led() -> None:
     assert not np.array_equal(quiet.action[1:30], noisy.action[1:30])
 
 
-def test_workers_change_neither_order_nor_results(tmp_path: Path) -> None:
+def test_workers_change_neither_order_nor_results() -> None:
     starts = [SEED, (60.0, 400.0, 200.0, 220.0, 2.0), 400_001]
     calls: list[tuple[int, int]] = []
     alone = demonstrate_many(starts, workers=1, progress=lambda done, total: calls.append((done, total)))
@@ -127,8 +127,6 @@ def test_workers_change_neither_order_nor_results(tmp_path: Path) -> None:
 
 
 def test_a_worker_needs_no_torch() -> None:
-    import subprocess
-
     code = "import sys, pusht_act.demos.demonstrator; print([m for m in ('torch', 'lerobot') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

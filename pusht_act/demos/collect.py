@@ -1,0 +1,176 @@
+"""Demonstrations planned on many cores, each kept in a file of its own, so that a job that was killed goes on.
+
+    seeds first_seed, first_seed + 1, ...  -> worker processes: demonstrate -> <folder>/<seed>.npz, atomically
+                                           -> all that were tried, in the order of their seeds, up to the last success
+
+Workers import neither torch nor lerobot.
+"""
+
+import hashlib
+import itertools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import astuple
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pusht_act.config import DemosConfig
+from pusht_act.demos.demonstrator import Demonstration, demonstrate
+from pusht_act.demos.planner import PlannerOptions
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 20
+"""Failures before a low success rate ends the job; the default options had none in 2,000 resets."""
+DECIDES = ("coverage.py", "demonstrator.py", "planner.py", "proposals.py", "replay.py", "simulator.py")
+"""The sources that a demonstration depends on."""
+
+Submit = Callable[[int], Callable[[], Demonstration]]
+"""seed -> a call that waits for its demonstration."""
+
+
+def planner_options(demos: DemosConfig) -> PlannerOptions:
+    """What `demos` asks of the planner.
+
+    Raises:
+        ValueError: an impossible value.
+    """
+    try:
+        return PlannerOptions(
+            coverage=demos.coverage,
+            speed=demos.speed,
+            smoothness=demos.smoothness,
+            noise=demos.action_noise,
+            replan=demos.replan,
+            seed=demos.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"demos.{error}".replace("demos.noise", "demos.action_noise")) from error
+
+
+def options_key(options: PlannerOptions) -> str:
+    """A name for everything but the seed that a demonstration depends on: demonstrations of one name may be mixed."""
+    digest = hashlib.sha256(repr(astuple(options)).encode())
+    for package in ("gym-pusht", "pymunk", "numpy", "numba"):
+        digest.update(version(package).encode())
+    for name in DECIDES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def collect(folder: Path, options: PlannerOptions, first_seed: int, count: int, workers: int) -> list[Demonstration]:
+    """Demonstrations of the reset seeds from `first_seed` on, failures included, up to the `count`-th success.
+
+    Exactly these seeds are planned, whatever the number of `workers`; those that have a file in `folder` are read.
+
+    Raises:
+        ValueError: hardly any seed is solved with these options.
+        OSError: the disk is full, or the system killed a worker.
+    """
+    tried: list[Demonstration] = []
+    solved = 0
+    seeds = itertools.count(first_seed)
+    coming: deque[Callable[[], Demonstration]] = deque()
+    kept = sum(_path(folder, seed).exists() for seed in range(first_seed, first_seed + count))
+    log.info("planning %d demonstrations, workers: %d%s", count, workers, f", {kept} are there already" if kept else "")
+    with (
+        _planners(folder, options, workers) as submit,
+        tqdm(total=count, desc="planning", unit="demo", disable=None) as bar,
+    ):
+        while solved < count:
+            while len(coming) < count - solved:  # all of these will be needed
+                coming.append(submit(next(seeds)))
+            made = coming.popleft()()
+            tried.append(made)
+            if made.success:
+                solved += 1
+                bar.update()
+                continue
+            log.info("seed %s is skipped: not solved, %.3f covered", made.start, made.coverage)
+            failures = len(tried) - solved
+            if failures >= PATIENCE and failures > 4 * solved:
+                raise ValueError(
+                    f"only {solved} of {len(tried)} starts were solved with {options}: "
+                    "give demos.speed, smoothness and action_noise nearer to their defaults"
+                )
+    return tried
+
+
+@contextmanager
+def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[Submit]:
+    """A function that has a seed planned, in this process or by `workers` others."""
+    if workers == 1:
+        yield lambda seed: partial(_kept_or_made, folder, options, seed)
+        return
+    # spawn, since the caller may hold threads or a GPU, which do not survive a fork
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), tie_to_parent)
+
+    def submit(seed: int) -> Callable[[], Demonstration]:
+        there = _path(folder, seed).exists()
+        return (
+            partial(_kept_or_made, folder, options, seed)
+            if there
+            else pool.submit(_kept_or_made, folder, options, seed).result
+        )
+
+    try:
+        yield submit
+    except BrokenProcessPool as error:
+        raise OSError(
+            "a planning process was killed, perhaps for want of memory: what was planned is kept, give the same "
+            "command again, with a smaller demos.workers if it happens again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def tie_to_parent() -> None:
+    """Ctrl-C is the parent's to handle, and a worker whose parent was killed must not wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+def _path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed}.npz"
+
+
+def _kept_or_made(folder: Path, options: PlannerOptions, seed: int) -> Demonstration:
+    """The demonstration in `seed`'s file, or else a new one, which is written there."""
+    path = _path(folder, seed)
+    try:
+        return _read(path, seed)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s is damaged (%s): planning seed %d again", path, error, seed)
+    made = demonstrate(seed, options)
+    part = folder / f"{seed}.{os.getpid()}.part"
+    with part.open("wb") as file:
+        np.savez(file, action=made.action, executed=made.executed, coverage=made.coverage, success=made.success)
+    part.replace(path)
+    return made
+
+
+def _read(path: Path, seed: int) -> Demonstration:
+    with np.load(path, allow_pickle=False) as file:
+        return Demonstration(seed, file["action"], file["executed"], float(file["coverage"]), bool(file["success"]))

@@ -1,0 +1,297 @@
+"""`mode=demos`: scripted demonstrations as a LeRobotDataset v3.0 with the features of lerobot/pusht.
+
+    output_dir.work/<key>/     while it is made: one file for each seed planned, the command, the data set half written
+    output_dir/                all at once, by renaming: data/ meta/ videos/ (LeRobot's), README.md (its card),
+                               quality.json, film_strip.png, episode-0.mp4, demonstrations.npz (what was carried out),
+                               config.yaml and runs.jsonl
+
+Killed at any moment, the same command goes on; an output_dir with a data set in it is never written to.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from pusht_act.config import Config
+from pusht_act.demos.card import card, push
+from pusht_act.demos.collect import collect, options_key, tie_to_parent
+from pusht_act.demos.demonstrator import Demonstration
+from pusht_act.demos.frames import FEATURES, TASK
+from pusht_act.demos.planner import PlannerOptions
+from pusht_act.demos.quality import HUMAN, quality, table
+from pusht_act.demos.replay import Episode, make_env, replay, reset_to
+from pusht_act.film_strip import film_strip
+from pusht_act.lerobot_config import decode_env
+from pusht_act.run_dir import RunDir, check_unused, command_line, move_aside, package_versions, write_provenance
+
+log = logging.getLogger(__name__)
+
+FPS = 10
+_SCALAR: dict[str, Any] = {"shape": [1], "names": None}
+NEXT = {
+    name: {"dtype": dtype, **_SCALAR}
+    for name, dtype in (("next.reward", "float32"), ("next.done", "bool"), ("next.success", "bool"))
+}
+EPISODE_BYTES = {False: 40_000, True: 90_000}
+"""Room for one episode, by whether it has pictures: its planned file, its share of the data set, half as much again."""
+OTHER_BYTES = 20_000_000
+CLEAN_SEEDS = 1_000_000
+"""Evaluation resets its environments with seeds from 100,000 and 200,000 up, people started at 0 to 205."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished data set."""
+
+    path: Path
+    metrics: dict[str, float]
+    """`quality` of it."""
+    video: Path
+
+
+def features(image: bool) -> dict[str, dict[str, Any]]:
+    """Those of lerobot/pusht if `image`, else of lerobot/pusht_keypoints; LeRobot adds its index columns."""
+    seen = (
+        {"observation.image": FEATURES["observation.image"] | {"dtype": "video"}}
+        if image
+        else {"observation.environment_state": FEATURES["observation.environment_state"]}
+    )
+    return seen | {key: FEATURES[key] for key in ("observation.state", "action")} | NEXT
+
+
+def write_demos(config: Config, options: PlannerOptions, overrides: list[str]) -> Written:
+    """Plan `config.demos.n_episodes` successful episodes and write them to `config.output_dir`.
+
+    `options` are those of `config.demos`, `overrides` the command, for the record.
+
+    Raises:
+        ValueError: hardly any start is solved with `options`.
+        FileExistsError: output_dir is in use, or another process is making a data set there.
+        OSError: no room on the disk, or output_dir cannot be made.
+    """
+    image = decode_env(config.env).obs_type == "pixels_agent_pos"
+    target = Path(config.output_dir).resolve()
+    _check_room(target, config.demos.n_episodes, image)
+    if config.demos.start_seed < CLEAN_SEEDS:
+        log.warning(
+            "demos.start_seed=%d: evaluation resets with seeds from 100,000 and 200,000 up; a policy must not be "
+            "evaluated on starts that it was trained on", config.demos.start_seed,
+        )  # fmt: skip
+    workers = config.demos.workers or _cores()
+    with _work_folder(target, options) as work:
+        check_unused(target, config.overwrite)  # another process may have finished it since this one started
+        write_provenance(RunDir(work), {**dataclasses.asdict(config), "mode": config.mode.value}, overrides)
+        tried = collect(work / "planned", options, config.demos.start_seed, config.demos.n_episodes, workers)
+        figures = quality(tried)
+        solved = [made for made in tried if made.success]
+        log.info("writing %d episodes%s", len(solved), " with pictures" if image else "")
+        part = work / "dataset"
+        shutil.rmtree(part, ignore_errors=True)
+        _write_lerobot(part, solved, image, workers)
+        _write_beside(part, tried, figures, options)
+        card(part, config, figures, command_line(overrides)).save(part / "README.md")
+        for name in ("config.yaml", "runs.jsonl"):
+            shutil.copy(work / name, part)
+        move_aside(target)
+        part.rename(target)
+        shutil.rmtree(work)
+    for line in table(figures):
+        if "---" not in line:
+            log.info(line)
+    log.info("%d episodes, %d frames in %s; film_strip.png there shows one", len(solved), figures["n_frames"], target)
+    group = "pusht" if image else "pusht_keypoints"
+    log.info("to train on them: pusht-act env=%s dataset.root=%s", group, config.output_dir)
+    if config.demos.push_to_hub:
+        push(target, config, figures, command_line(overrides))
+    return Written(Path(config.output_dir), figures, Path(config.output_dir) / "episode-0.mp4")
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_room(target: Path, count: int, image: bool) -> None:
+    needed = OTHER_BYTES + count * EPISODE_BYTES[image]
+    disk = next(folder for folder in target.parents if folder.is_dir())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise OSError(
+            f"output_dir={target}: {free / 1e6:.0f} MB are free there, {count} episodes need about "
+            f"{needed / 1e6:.0f} MB: free some, lower demos.n_episodes or give output_dir= on another disk"
+        )
+
+
+@contextmanager
+def _work_folder(target: Path, options: PlannerOptions) -> Iterator[Path]:
+    """Where the data set of `options` is made, this process's alone; a sibling, so that renaming moves no bytes."""
+    root = target.with_name(f"{target.name}.work")
+    work = root / options_key(options)
+    try:
+        (work / "planned").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"output_dir={target}: {root} cannot be made ({error.strerror}): give output_dir= where you may write"
+        ) from error
+    lock = FileLock(root / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileExistsError(
+            f"output_dir={target} is being written by another process: wait for it, or give another output_dir="
+        ) from error
+    try:
+        yield work
+    finally:
+        lock.release()
+        if not work.exists():
+            with suppress(OSError):  # demonstrations of other options may wait there
+                (root / "lock").unlink(missing_ok=True)
+                root.rmdir()
+
+
+def _write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, workers: int) -> None:
+    """The data set itself, by LeRobot's writer."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    with _quiet():
+        dataset = LeRobotDataset.create(
+            "local/demos",
+            FPS,
+            features(image),
+            root,
+            use_videos=image,
+            video_backend="pyav",
+            image_writer_threads=2 if image else 0,
+        )
+        episodes = _replayed(solved, image, workers)
+        pairs = zip(solved, episodes, strict=True)
+        for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
+            assert episode.success[-1], f"the demonstration of seed {made.start} does not replay"
+            for frame in _rows(made, episode):
+                dataset.add_frame(frame)
+            dataset.save_episode()
+        dataset.finalize()
+    shutil.rmtree(root / "images", ignore_errors=True)  # where its videos' frames lay
+    _let_others_read(root)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bar and the encoder's 20 lines that each episode would print."""
+    import av.logging
+    import datasets
+
+    os.environ.setdefault("SVT_LOG", "1")
+    av.logging.set_libav_level(av.logging.ERROR)
+    lerobot, bars = logging.getLogger("lerobot"), not datasets.are_progress_bars_disabled()
+    level = lerobot.level
+    lerobot.setLevel(logging.WARNING)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        lerobot.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _rows(made: Demonstration, episode: Episode) -> Iterator[dict[str, Any]]:
+    """An episode frame by frame; the action is the label, which is what was done unless there is noise."""
+    for t in range(len(made.action)):
+        seen = (
+            {"observation.environment_state": episode.environment_state[t]}
+            if episode.image is None
+            else {"observation.image": episode.image[t]}
+        )
+        yield seen | {
+            "observation.state": episode.observation_state[t],
+            "action": made.action[t],
+            "next.reward": episode.reward[t : t + 1],
+            "next.done": episode.done[t : t + 1],
+            "next.success": episode.success[t : t + 1],
+            "task": TASK,
+        }
+
+
+def _replayed(solved: Sequence[Demonstration], image: bool, workers: int) -> Iterator[Episode]:
+    """In order. Pictures take 1 ms each and are drawn by another process, a few episodes ahead of the encoder."""
+    if not image or workers == 1:
+        for made in solved:
+            yield replay(made.start, made.executed, image)
+        return
+    with ProcessPoolExecutor(min(workers, 2), get_context("spawn"), tie_to_parent) as pool:
+        coming: deque[Callable[[], Episode]] = deque()
+        for made in solved:
+            coming.append(pool.submit(replay, made.start, made.executed, image).result)
+            if len(coming) > 4:
+                yield coming.popleft()()
+        while coming:
+            yield coming.popleft()()
+
+
+def _let_others_read(root: Path) -> None:
+    """LeRobot's videos come from a temporary file that is nobody else's; give all files the mode of ordinary ones."""
+    mode = (root / "meta" / "info.json").stat().st_mode
+    for path in root.rglob("*.mp4"):
+        path.chmod(mode)
+
+
+def _write_beside(
+    root: Path,
+    tried: Sequence[Demonstration],
+    figures: dict[str, float],
+    options: PlannerOptions,
+) -> None:
+    """What LeRobot does not keep, and what one looks at first."""
+    from lerobot.utils.io_utils import write_video
+
+    solved = [made for made in tried if made.success]
+    np.savez_compressed(
+        root / "demonstrations.npz",
+        seed=np.array([made.start for made in solved], np.int64),
+        length=np.array([len(made.action) for made in solved], np.int64),
+        action=np.concatenate([made.action for made in solved]),
+        executed=np.concatenate([made.executed for made in solved]),
+        coverage=np.array([made.coverage for made in solved], np.float64),
+    )
+    record = {
+        "demonstrations": figures,
+        "human": HUMAN,
+        "options": dataclasses.asdict(options),
+        "seeds_not_solved": [made.start for made in tried if not made.success],
+        "versions": package_versions(),
+    }
+    (root / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
+    pictures = _film(solved[0])
+    write_video(root / "episode-0.mp4", pictures, FPS)
+    first = solved[0].start
+    assert isinstance(first, int)
+    film_strip(pictures, True, first).save(root / "film_strip.png")
+
+
+def _film(made: Demonstration) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Large pictures of an episode, the last one after its last action."""
+    env = make_env()
+    env.visualization_width = env.visualization_height = 384
+    reset_to(env, made.start)
+    pictures = [env.render()]
+    for action in made.executed:
+        env.step(action)
+        pictures.append(env.render())
+    return pictures

@@ -1,0 +1,219 @@
+"""Metrics: windows whose means survive a checkpoint, metrics.jsonl after a crash, W&B that is never in the way."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+import wandb
+from hypothesis import given
+from hypothesis import strategies as st
+from wandb.apis import InternalApi
+
+import pusht_act
+from pusht_act.config import Config, config_from
+from pusht_act.main import CONFIG_DIR
+from pusht_act.metrics import JsonLines, Metrics, Window
+from pusht_act.run_dir import RunDir
+from tests.conftest import TINY
+
+LOSSES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
+
+
+def config(*overrides: str) -> Config:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
+        return config_from(hydra.compose("config", list(overrides)))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@given(losses=LOSSES, data=st.data())
+def test_means_do_not_depend_on_where_a_checkpoint_was_taken(losses: list[float], data: st.DataObject) -> None:
+    whole, broken = Window(), Window()
+    stop = data.draw(st.integers(0, len(losses)))
+    for step, loss in enumerate(losses):
+        if step == stop:
+            broken = Window(json.loads(json.dumps(broken.sums())))
+        for window in (whole, broken):
+            window.add({"loss": torch.tensor(loss), "dataloading_s": loss / 7})
+    assert broken.means() == whole.means()  # to the bit: a resumed run repeats its log
+    assert whole.means()["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4, abs=1)
+
+
+def test_an_empty_window_has_no_means() -> None:
+    assert Window().means() == {}
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(broken: float) -> None:
+    window = Window()
+    window.add({"loss": torch.tensor(1.0)})
+    window.check_finite(1)
+    window.add({"loss": torch.tensor(broken)})
+    with pytest.raises(ValueError, match=r"loss became .* by step 2: lower policy.optimizer_lr .* mode=resume"):
+        window.check_finite(2)
+
+
+def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "run" / "metrics.jsonl", resumed_at=0)
+    sink.log({"train/loss": 0.5}, 200)
+    assert lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 200, "train/loss": 0.5}]
+    sink.close()
+
+
+@given(steps=st.lists(st.integers(1, 30)).map(sorted), resumed_at=st.integers(0, 30), torn=st.integers(0, 40))
+def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(
+    steps: list[int], resumed_at: int, torn: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in steps]
+    last = json.dumps({"step": 31, "train/loss": 1.0})
+    path.write_text("".join(whole) + last[: min(torn, len(last) - 1)])
+    JsonLines(path, resumed_at).close()
+    assert [line["step"] for line in lines(path)] == [step for step in steps if step <= resumed_at]
+
+
+def test_bytes_that_a_power_cut_left_behind_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "train/loss": 1.0}\n{"step": 2, "tra\x00\x00\xff\xfe')
+    sink = JsonLines(path, resumed_at=5)
+    sink.log({"train/loss": 2.0}, 6)
+    sink.close()
+    assert [line["step"] for line in lines(path)] == [1, 6]
+
+
+def test_groups_name_the_metrics(tmp_path: Path) -> None:
+    with Metrics(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+        metrics.log("eval", {"pc_success": 10.0}, 1)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}, {"step": 1, "eval/pc_success": 10.0}]
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.fixture
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Not logged in to W&B, whoever runs the test, and no mode asked for."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    forget_settings(monkeypatch)
+    yield
+    wandb.teardown()
+
+
+def forget_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B reads the environment once a process."""
+    wandb.teardown()
+    monkeypatch.setattr(wandb, "api", InternalApi())
+
+
+def offline_runs(run: Path) -> list[Path]:
+    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def log_once(run: Path, *overrides: str) -> str | None:
+    with Metrics(config("wandb.enable=true", *overrides), RunDir(run), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+    return metrics.wandb_run_id
+
+
+def test_wandb_keeps_an_offline_run_and_a_resume_continues_it(tmp_path: Path, nobody: None) -> None:
+    run = tmp_path / "run"
+    first = pusht_act.run([*TINY, f"output_dir={run}", "wandb.enable=true", "wandb.mode=offline"])
+    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "wandb.enable=true"])
+    state = json.loads((run / "checkpoints" / "last" / "training_state" / "pusht_act.json").read_text())
+    files = offline_runs(run)
+    assert first.step == 4
+    assert len(files) == 2
+    assert {path.stem for path in files} == {f"run-{state['wandb_run_id']}"}
+    assert all(b"train/loss" in path.read_bytes() for path in files)
+
+
+def test_a_resume_without_wandb_keeps_the_run_for_a_later_one(tmp_path: Path, nobody: None) -> None:
+    run = tmp_path / "run"
+    pusht_act.run([*TINY, f"output_dir={run}", "wandb.enable=true"])
+    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=5"])
+    assert len(offline_runs(run)) == 1
+    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "logging=wandb"])
+    assert len({path.stem for path in offline_runs(run)}) == 1
+
+
+@pytest.mark.parametrize("mode", ["null", "online"])
+def test_without_a_login_the_run_is_kept_offline_in_one_line(
+    mode: str, tmp_path: Path, nobody: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("INFO"):
+        log_once(tmp_path, f"wandb.mode={mode}")
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("pusht_act")]
+    assert len(said) == 1
+    assert "no login" in said[0]
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in said[0]
+    assert capfd.readouterr() == ("", "")  # and W&B itself says nothing
+    assert len(offline_runs(tmp_path)) == 1
+
+
+def test_a_server_out_of_reach_puts_the_run_offline_at_once(
+    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    forget_settings(monkeypatch)
+    with caplog.at_level("INFO"):
+        log_once(tmp_path)
+    assert "127.0.0.1:9 cannot be reached" in caplog.text
+    assert len(offline_runs(tmp_path)) == 1
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A W&B server that does not know the login."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(401)
+        self.end_headers()
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_login_that_is_refused_puts_the_run_offline(
+    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    forget_settings(monkeypatch)
+    with caplog.at_level("INFO"):
+        log_once(tmp_path)
+    server.shutdown()
+    server.server_close()
+    assert "the run is kept here" in caplog.text
+    assert len(offline_runs(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_wandb_can_be_disabled(how: str, tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "environment":
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert log_once(tmp_path, *(["wandb.mode=disabled"] if how == "option" else [])) is None
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_the_options_of_wandb_reach_its_run(tmp_path: Path, nobody: None) -> None:
+    log_once(tmp_path, "wandb.project=mine", "wandb.entity=lab", "wandb.notes=why", "job_name=named", "seed=77")
+    content = offline_runs(tmp_path)[0].read_bytes()
+    for text in (b"mine", b"lab", b"why", b"named", b"77", b"train_eval"):
+        assert text in content
