@@ -13,40 +13,29 @@ import json
 import logging
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from pusht_act.config import Config
 from pusht_act.demos.card import card, push
-from pusht_act.demos.collect import collect, options_key, tie_to_parent
+from pusht_act.demos.collect import collect, options_key
 from pusht_act.demos.demonstrator import Demonstration
-from pusht_act.demos.frames import FEATURES, TASK
+from pusht_act.demos.lerobot_writer import FPS, write_lerobot
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.demos.quality import HUMAN, quality, table
-from pusht_act.demos.replay import Episode, make_env, replay, reset_to
+from pusht_act.demos.replay import make_env, reset_to
 from pusht_act.film_strip import film_strip
 from pusht_act.lerobot_config import decode_env
 from pusht_act.run_dir import RunDir, check_unused, command_line, move_aside, package_versions, write_provenance
 
 log = logging.getLogger(__name__)
 
-FPS = 10
-_SCALAR: dict[str, Any] = {"shape": [1], "names": None}
-NEXT = {
-    name: {"dtype": dtype, **_SCALAR}
-    for name, dtype in (("next.reward", "float32"), ("next.done", "bool"), ("next.success", "bool"))
-}
 EPISODE_BYTES = {False: 40_000, True: 90_000}
 """Room for one episode, by whether it has pictures: its planned file, its share of the data set, half as much again."""
 OTHER_BYTES = 20_000_000
@@ -62,16 +51,6 @@ class Written:
     metrics: dict[str, float]
     """`quality` of it."""
     video: Path
-
-
-def features(image: bool) -> dict[str, dict[str, Any]]:
-    """Those of lerobot/pusht if `image`, else of lerobot/pusht_keypoints; LeRobot adds its index columns."""
-    seen = (
-        {"observation.image": FEATURES["observation.image"] | {"dtype": "video"}}
-        if image
-        else {"observation.environment_state": FEATURES["observation.environment_state"]}
-    )
-    return seen | {key: FEATURES[key] for key in ("observation.state", "action")} | NEXT
 
 
 def write_demos(config: Config, options: PlannerOptions, overrides: list[str]) -> Written:
@@ -102,7 +81,7 @@ def write_demos(config: Config, options: PlannerOptions, overrides: list[str]) -
         log.info("writing %d episodes%s", len(solved), " with pictures" if image else "")
         part = work / "dataset"
         shutil.rmtree(part, ignore_errors=True)
-        _write_lerobot(part, solved, image, workers)
+        write_lerobot(part, solved, image, workers)
         _write_beside(part, tried, figures, options)
         card(part, config, figures, command_line(overrides)).save(part / "README.md")
         for name in ("config.yaml", "runs.jsonl"):
@@ -163,93 +142,6 @@ def _work_folder(target: Path, options: PlannerOptions) -> Iterator[Path]:
             with suppress(OSError):  # demonstrations of other options may wait there
                 (root / "lock").unlink(missing_ok=True)
                 root.rmdir()
-
-
-def _write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, workers: int) -> None:
-    """The data set itself, by LeRobot's writer."""
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    with _quiet():
-        dataset = LeRobotDataset.create(
-            "local/demos",
-            FPS,
-            features(image),
-            root,
-            use_videos=image,
-            video_backend="pyav",
-            image_writer_threads=2 if image else 0,
-        )
-        episodes = _replayed(solved, image, workers)
-        pairs = zip(solved, episodes, strict=True)
-        for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
-            assert episode.success[-1], f"the demonstration of seed {made.start} does not replay"
-            for frame in _rows(made, episode):
-                dataset.add_frame(frame)
-            dataset.save_episode()
-        dataset.finalize()
-    shutil.rmtree(root / "images", ignore_errors=True)  # where its videos' frames lay
-    _let_others_read(root)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bar and the encoder's 20 lines that each episode would print."""
-    import av.logging
-    import datasets
-
-    os.environ.setdefault("SVT_LOG", "1")
-    av.logging.set_libav_level(av.logging.ERROR)
-    lerobot, bars = logging.getLogger("lerobot"), not datasets.are_progress_bars_disabled()
-    level = lerobot.level
-    lerobot.setLevel(logging.WARNING)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        lerobot.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
-
-
-def _rows(made: Demonstration, episode: Episode) -> Iterator[dict[str, Any]]:
-    """An episode frame by frame; the action is the label, which is what was done unless there is noise."""
-    for t in range(len(made.action)):
-        seen = (
-            {"observation.environment_state": episode.environment_state[t]}
-            if episode.image is None
-            else {"observation.image": episode.image[t]}
-        )
-        yield seen | {
-            "observation.state": episode.observation_state[t],
-            "action": made.action[t],
-            "next.reward": episode.reward[t : t + 1],
-            "next.done": episode.done[t : t + 1],
-            "next.success": episode.success[t : t + 1],
-            "task": TASK,
-        }
-
-
-def _replayed(solved: Sequence[Demonstration], image: bool, workers: int) -> Iterator[Episode]:
-    """In order. Pictures take 1 ms each and are drawn by another process, a few episodes ahead of the encoder."""
-    if not image or workers == 1:
-        for made in solved:
-            yield replay(made.start, made.executed, image)
-        return
-    with ProcessPoolExecutor(min(workers, 2), get_context("spawn"), tie_to_parent) as pool:
-        coming: deque[Callable[[], Episode]] = deque()
-        for made in solved:
-            coming.append(pool.submit(replay, made.start, made.executed, image).result)
-            if len(coming) > 4:
-                yield coming.popleft()()
-        while coming:
-            yield coming.popleft()()
-
-
-def _let_others_read(root: Path) -> None:
-    """LeRobot's videos come from a temporary file that is nobody else's; give all files the mode of ordinary ones."""
-    mode = (root / "meta" / "info.json").stat().st_mode
-    for path in root.rglob("*.mp4"):
-        path.chmod(mode)
 
 
 def _write_beside(

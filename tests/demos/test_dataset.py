@@ -168,8 +168,14 @@ def test_pictures_and_their_statistics_are_the_environments(pictures: Result) ->
     stats = json.loads((root / "meta" / "stats.json").read_text())["observation.image"]
     assert len(frames) == info(root)["total_frames"]
     scaled = frames.astype(np.float64) / 255
-    np.testing.assert_allclose(np.ravel(stats["mean"]), scaled.mean((0, 1, 2)), rtol=2e-4)
-    np.testing.assert_allclose(np.ravel(stats["std"]), scaled.std((0, 1, 2)), rtol=2e-4)
+    np.testing.assert_allclose(np.ravel(stats["mean"]), scaled.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(np.ravel(stats["std"]), scaled.std((0, 1, 2)), rtol=1e-9)
+    for name, value in (("min", scaled.min((0, 1, 2))), ("max", scaled.max((0, 1, 2)))):
+        np.testing.assert_array_equal(np.ravel(stats[name]), value)
+    for q in (1, 10, 50, 90, 99):
+        exact = np.percentile(scaled.reshape(-1, 3), q, axis=0, method="inverted_cdf")
+        np.testing.assert_array_equal(np.ravel(stats[f"q{q:02d}"]), exact)
+    assert stats["count"] == [len(frames)]
     stock = LeRobotDataset("local/demos", root=root, video_backend="pyav", return_uint8=True)
     for index in (0, 7, len(frames) - 1):
         seen = stock[index]["observation.image"].numpy().transpose(1, 2, 0).astype(int)
@@ -237,7 +243,7 @@ def test_with_noise_the_labels_stay_clean_and_what_was_done_is_kept(tmp_path: Pa
 
 @pytest.mark.parametrize(
     "override",
-    ["coverage=0.98", "speed=14", "smoothness=5", "action_noise=4", "replan=2", "seed=1", "start_seed=2000001"],
+    ["coverage=0.98", "speed=14", "smoothness=0.5", "action_noise=4", "replan=2", "seed=1", "start_seed=2000001"],
 )
 def test_every_option_changes_the_demonstrations(override: str, keypoints: Result, tmp_path: Path) -> None:
     root = make(tmp_path / "other", f"demos.{override}", count=1).output_dir
@@ -280,7 +286,7 @@ def test_a_job_that_was_stopped_goes_on(
 
 def test_a_killed_job_leaves_no_process_and_its_work_is_gone_on_with(keypoints: Result, tmp_path: Path) -> None:
     root = tmp_path / "killed"
-    words = command(root, env="pusht_keypoints", count=3, workers=2)
+    words = command(root, env="pusht_keypoints", count=2, workers=2)
     job = subprocess.Popen([sys.executable, "-m", "pusht_act", *words], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 100
     while not list(tmp_path.glob("killed.work/*/planned/*.npz")):
@@ -293,9 +299,8 @@ def test_a_killed_job_leaves_no_process_and_its_work_is_gone_on_with(keypoints: 
     while any(running(pid) for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    again = make(root, count=3, workers=2)
-    assert again.metrics == keypoints.metrics
-    assert actions(root) == actions(keypoints.output_dir)
+    make(root, count=2, workers=2)
+    assert actions(keypoints.output_dir).startswith(actions(root))
 
 
 def running(pid: int) -> bool:
