@@ -15,6 +15,8 @@ OF_THE_COMMAND = {"mode", "steps", "output_dir", "overwrite", "print_lerobot_com
 """Root keys of a resumed run that the present command decides; all others are the checkpoint's."""
 OF_AN_EVALUATED_POLICY = {"policy", "env", "job_name"}
 """Root keys that mode=eval takes from the checkpoint; all others are the present command's."""
+OUR_SECTIONS = {"eval", "wandb", "demos"}
+"""Typed by config.py; the others are LeRobot's, whose defaults are its own."""
 FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
 STOCK_ROOT = {
     **{key: key for key in ("seed", "batch_size", "log_freq", "save_checkpoint", "save_freq", "job_name")},
@@ -40,7 +42,8 @@ def inherit(
     assert isinstance(merged, DictConfig)
     for key, value in saved.items():
         if (key not in OF_THE_COMMAND) if resume else (key in OF_AN_EVALUATED_POLICY):
-            merged[key] = value
+            # A field that our sections did not have when the checkpoint was written keeps its default.
+            merged[key] = OmegaConf.merge(merged[key], value) if key in OUR_SECTIONS else value
     merged.policy.device = cfg.policy.device
     merged.wandb.enable = cfg.wandb.enable
     named = [override for override in overrides if not override.startswith("output_dir=")]  # a sweep's is not quoted

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pusht_act.config import Config, Mode, config_from
@@ -152,7 +154,9 @@ def _train(config: Config, start: Checkpoint | None, overrides: list[str], choic
 
 
 def _say_what_next(config: Config, run: RunDir, overrides: list[str], film_strip: Path | None) -> None:
-    """After the last step: where to look, and three commands to try."""
+    """After the last step: where to look, and three commands to try; a sweep's jobs keep quiet."""
+    if HydraConfig.get().mode is RunMode.MULTIRUN:
+        return
     if film_strip is not None:
         log.info("to look at: %s and the videos beside it", film_strip)
     if config.save_checkpoint:
@@ -163,6 +167,8 @@ def _say_what_next(config: Config, run: RunDir, overrides: list[str], film_strip
             log.info("twice as long: %s", command_line(longer))
         else:
             log.info("on from here: pusht-act mode=resume output_dir=%s steps=%d", run.path, 2 * config.steps)
+    if config.mode is Mode.resume:
+        return
     several = ["-m", *(o for o in overrides if not o.startswith(("seed=", "output_dir="))), "seed=1,2,3"]
     log.info("how much is luck: %s", command_line(several))
 

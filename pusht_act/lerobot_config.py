@@ -91,6 +91,11 @@ def _check_architecture(policy: ACTConfig) -> None:
             f"policy.dim_model={policy.dim_model} is not a multiple of policy.n_heads={policy.n_heads}: "
             f"give policy.dim_model={policy.dim_model // policy.n_heads * policy.n_heads or policy.n_heads}, say"
         )
+    if missing := [kind for kind in ("VISUAL", "STATE", "ACTION") if kind not in policy.normalization_mapping]:
+        raise ValueError(
+            f"policy.normalization_mapping={dict(policy.normalization_mapping)} says nothing of {', '.join(missing)}, "
+            "which would stay as they are: give all of VISUAL, STATE, ENV, ACTION"
+        )
     if policy.feedforward_activation not in ACTIVATIONS:
         raise ValueError(
             f"policy.feedforward_activation={policy.feedforward_activation} is unknown: give {', '.join(ACTIVATIONS)}"

@@ -124,6 +124,7 @@ def offline_runs(run: Path) -> list[Path]:
 
 def records(path: Path) -> list[Record]:
     """What W&B would send."""
+    wandb.teardown()  # its service writes the file a moment after the run's end
     store = DataStore()
     store.open_for_scan(str(path))
     return [Record.FromString(data) for data in iter(store.scan_data, None)]

@@ -169,7 +169,10 @@ def test_options_of_the_optimizer_and_schedule_take_effect(tiny: Tiny, tmp_path:
     assert metrics(clipped)[-1]["train/loss"] != metrics(plain)[-1]["train/loss"]
 
 
-@pytest.mark.parametrize("option", ["seed=7", "batch_size=5", "policy.kl_weight=1", "+policy.use_amp=true"])
+NORMALIZED = "+policy.normalization_mapping={VISUAL: MEAN_STD, STATE: MEAN_STD, ENV: MEAN_STD, ACTION: MEAN_STD}"
+
+
+@pytest.mark.parametrize("option", ["seed=7", "batch_size=5", "policy.kl_weight=1", "+policy.use_amp=true", NORMALIZED])
 def test_an_option_changes_the_losses(tiny: Tiny, tmp_path: Path, option: str) -> None:
     a = tiny("steps=2", f"output_dir={tmp_path / 'a'}").output_dir
     b = tiny("steps=2", f"output_dir={tmp_path / 'b'}", option).output_dir
@@ -262,6 +265,12 @@ def test_a_refused_overwrite_moves_nothing(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="eval_split"):
         tiny("steps=2", "overwrite=true", "dataset.eval_split=0.99", "demos.n_episodes=1")
     assert (run / "checkpoints" / "000001").is_dir()
+
+
+def test_a_normalization_that_leaves_something_out_is_refused(tiny: Tiny) -> None:
+    """LeRobot replaces its whole mapping by the one given, and the actions would go unnormalized."""
+    with pytest.raises(ValueError, match="says nothing of VISUAL, ACTION"):
+        tiny("+policy.normalization_mapping={STATE: MEAN_STD}")
 
 
 def test_noise_and_initialisation_are_apart(keypoints_dataset: Path) -> None:

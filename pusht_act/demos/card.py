@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard
-from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.io_utils import load_info
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import create_lerobot_dataset_card
 
@@ -25,12 +25,10 @@ CITATION = """@inproceedings{chi2023diffusionpolicy,
 
 def card(root: Path, config: Config, figures: dict[str, float], command: str) -> DatasetCard:
     """README.md of the data set at `root`: LeRobot's template with our figures, the command and the versions in it."""
-    repo_id = str(config.demos.repo_id)
-    info = LeRobotDatasetMetadata(repo_id, root).info
     fields = _fields(config, figures, command)
     if config.demos.push_to_hub:  # else there is no page to link to
-        fields["repo_id"] = repo_id
-    made: DatasetCard = create_lerobot_dataset_card(dataset_info=info, **fields)
+        fields["repo_id"] = config.demos.repo_id
+    made: DatasetCard = create_lerobot_dataset_card(dataset_info=load_info(root), **fields)
     return made
 
 

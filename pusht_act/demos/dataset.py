@@ -96,7 +96,7 @@ def write_demos(config: Config, options: PlannerOptions, overrides: list[str]) -
     group = "pusht" if image else "pusht_keypoints"
     log.info("to train on them: pusht-act env=%s dataset.root=%s", group, config.output_dir)
     if config.demos.push_to_hub:
-        push(target, config, figures, command_line(overrides))
+        log.info("pushed to %s", push(target, config, figures, command_line(overrides)))
     return Written(Path(config.output_dir), figures, Path(config.output_dir) / "episode-0.mp4")
 
 
