@@ -68,6 +68,15 @@ def test_a_resume_is_the_run_that_was_begun(ours: Checkpoint) -> None:
     assert (config.eval.start_seed, config.wandb.project) == (123, "elsewhere")
 
 
+def test_a_field_younger_than_the_checkpoint_has_its_default(ours: Checkpoint, tmp_path: Path) -> None:
+    older = Checkpoint(Path(shutil.copytree(ours.model, tmp_path / "pretrained_model")))
+    record = json.loads((older.model / "pusht_act.json").read_text())
+    record["config"]["demos"] = {"n_episodes": 4}
+    (older.model / "pusht_act.json").write_text(json.dumps(record))
+    demos = inherited(older).demos
+    assert (demos.n_episodes, demos.start_seed, demos.coverage) == (4, 2_000_000, 0.97)
+
+
 def _plain(value: Any) -> Any:
     return vars(value) if hasattr(value, "__dataclass_fields__") else value
 

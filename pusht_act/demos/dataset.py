@@ -93,8 +93,10 @@ def write_demos(config: Config, options: PlannerOptions, overrides: list[str]) -
         if "---" not in line:
             log.info(line)
     log.info("%d episodes, %d frames in %s; film_strip.png there shows one", len(solved), figures["n_frames"], target)
-    group = "pusht" if image else "pusht_keypoints"
-    log.info("to train on them: pusht-act env=%s dataset.root=%s", group, config.output_dir)
+    env = "pusht" if image else "pusht_keypoints"
+    name = str(config.demos.repo_id) if config.demos.push_to_hub else f"local/{target.name}"
+    train = [f"env={env}", f"dataset.repo_id={name}", f"dataset.root={config.output_dir}"]
+    log.info("to train on them: %s", command_line(train))
     if config.demos.push_to_hub:
         log.info("pushed to %s", push(target, config, figures, command_line(overrides)))
     return Written(Path(config.output_dir), figures, Path(config.output_dir) / "episode-0.mp4")
@@ -145,10 +147,7 @@ def _work_folder(target: Path, options: PlannerOptions) -> Iterator[Path]:
 
 
 def _write_beside(
-    root: Path,
-    tried: Sequence[Demonstration],
-    figures: dict[str, float],
-    options: PlannerOptions,
+    root: Path, tried: Sequence[Demonstration], figures: dict[str, float], options: PlannerOptions
 ) -> None:
     """What LeRobot does not keep, and what one looks at first."""
     from lerobot.utils.io_utils import write_video
