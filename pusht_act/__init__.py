@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from pusht_act.job import Result
 
 
-# OpenMP's threads otherwise spin while they wait: with one other busy process on two cores a training step of a small
-# ACT took 2.5 s in place of 0.1 s. Read when torch is first imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long OpenMP threads spin before they sleep; read when torch is imported. Spinning on, the default, made a step
+# of a small ACT take 2.5 s in place of 0.1 s as soon as another process used one of two cores. Sleeping at once
+# (OMP_WAIT_POLICY=PASSIVE) made it 80 ms in place of 30 on an idle machine: there are a thousand short kernels.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # pygame 2.6, under gym-pusht, imports pkg_resources, which warns at every start of ours and of every worker.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
 

@@ -6,7 +6,7 @@ that `--help`, `--cfg job` and a misspelt key answer at once.
 """
 
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -28,6 +28,7 @@ class Mode(Enum):
     resume = "resume"
     eval = "eval"
     demos = "demos"
+    dagger = "dagger"
 
 
 @dataclass
@@ -79,6 +80,9 @@ class DemosConfig:
     start_seed: int = MISSING
     """mode=demos: the first of the environment's reset seeds to start from; they go up by one, a start that is not
     solved is left out. Apart from those of evaluation (100,000 and 200,000 up) and of the embedded ones (1,000,000)."""
+    starts: str | None = MISSING
+    """mode=demos: a CSV file of states to start from, each once and in order, under the header
+    agent_x,agent_y,block_x,block_y,block_angle (px, rad); null: the environment's resets from start_seed up."""
     coverage: float = MISSING
     """Share of the goal to cover before an episode ends, in [0.95, 1); the environment asks for 0.95."""
     speed: float = MISSING
@@ -100,6 +104,25 @@ class DemosConfig:
 
 
 @dataclass
+class DaggerConfig:
+    """`mode=dagger`: rounds of training, each on the labels of what the policy before it ran into, too."""
+
+    rounds: int = MISSING
+    """Rounds with new labels, after the first training, which has none; each trains `steps` steps from the weights of
+    the one before. More may be asked for later."""
+    n_rollouts: int = MISSING
+    """Episodes that the policy runs a round; the state at each of its decisions is labelled."""
+    start_seed: int = MISSING
+    """The first of the environment's reset seeds; each round takes the next n_rollouts. Apart from those of evaluation
+    (100,000 and 200,000 up), of the embedded demonstrations (1,000,000) and of mode=demos (2,000,000)."""
+    workers: int = MISSING
+    """Labelling processes; 0: as many as there are cores. Part of the time, not of the result."""
+    labels: list[str] = MISSING
+    """Folders labels/round-N of a mode=dagger to train on after the data set; mode=dagger fills it in for its rounds.
+    Normalization takes the statistics of the data set alone."""
+
+
+@dataclass
 class Config:
     """One job."""
 
@@ -108,7 +131,7 @@ class Config:
     seed: int = MISSING
     """Of initialisation, data order, dropout and VAE noise (see seeding.py); not of the evaluation's environments."""
     steps: int = MISSING
-    """Optimizer steps of the whole run, those before a resume included."""
+    """Optimizer steps of the whole run, those before a resume included; in mode=dagger, of each round."""
     batch_size: int = MISSING
     """Samples of one step."""
     log_freq: int = MISSING
@@ -135,6 +158,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
+    dagger: DaggerConfig = field(default_factory=DaggerConfig)
     policy: dict[str, Any] = MISSING
     """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""
     env: dict[str, Any] = MISSING
@@ -152,14 +176,18 @@ POSITIVE = (
     *(f"policy.{key}" for key in ("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward")),
     *(f"policy.{key}" for key in ("latent_dim", "n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers")),
     *("env.episode_length", "env.fps", "env.visualization_width", "env.visualization_height"),
-    "scheduler.num_decay_steps",
+    *("scheduler.num_decay_steps", "dagger.rounds", "dagger.n_rollouts"),
 )
 NOT_NEGATIVE = (
     *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed", "eval.n_videos"),
-    *("demos.start_seed", "demos.workers"),
+    *("demos.start_seed", "demos.workers", "dagger.start_seed", "dagger.workers"),
     *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
-    *("optimizer.grad_clip_norm", "optimizer.eps"),
+    *("optimizer.grad_clip_norm", "optimizer.eps", "scheduler.decay_lr"),
 )
+PLANNER_OPTIONS = ("coverage", "speed", "smoothness", "replan", "seed")
+"""Fields of demos that mode=dagger asks its demonstrator for too; the others are mode=demos's alone."""
+TRAINING_AFRESH = (Mode.test, Mode.full, Mode.dagger)
+"""Modes that begin with new weights, or with those of policy.pretrained_path."""
 WANDB_MODES = (None, "online", "offline", "disabled")
 EMBEDDED_REPO_ID = "pusht_act/demos"
 MAX_DEMOS = 2000
@@ -195,6 +223,11 @@ def config_from(cfg: DictConfig) -> Config:
     return config
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """`config` in plain types, to be written into a file."""
+    return {**asdict(config), "mode": config.mode.value}
+
+
 def _check(config: Config, cfg: Any) -> None:
     """Refuse what can be refused without importing torch."""
     for keys, lowest in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
@@ -216,6 +249,9 @@ def _check(config: Config, cfg: Any) -> None:
         raise ValueError("save_checkpoint=false leaves nothing for policy.push_to_hub=true to upload: give one of them")
     if config.wandb.mode not in WANDB_MODES:
         raise ValueError(f"wandb.mode={config.wandb.mode} is unknown: give online, offline or disabled")
+    peak = config.scheduler.get("peak_lr", 1)
+    if not isinstance(peak, int | float) or peak <= 0:  # LeRobot divides by it
+        raise ValueError(f"scheduler.peak_lr={peak} is no rate: give one above 0, such as that of policy.optimizer_lr")
     for key in ("output_dir", "job_name"):
         if not getattr(config, key):
             raise ValueError(f"{key}= is empty: give {key}=NAME, or leave it out")
@@ -242,11 +278,30 @@ def _check_mode(config: Config) -> None:
         raise ValueError(f"demos.n_episodes={config.demos.n_episodes} is too small: give 1 or more")
     if config.mode is Mode.demos and config.policy.get("push_to_hub"):
         raise ValueError("policy.push_to_hub=true: mode=demos makes a data set, give demos.push_to_hub=true to push it")
-    if config.mode is not Mode.demos and config.demos.push_to_hub:
-        raise ValueError("demos.push_to_hub=true is for mode=demos: give mode=demos too, or leave it out")
-    if config.mode in (Mode.test, Mode.full) and (given := {"input_features", "output_features"} & {*config.policy}):
+    if config.mode in (Mode.eval, Mode.resume) and (path := config.policy.get("pretrained_path")):
+        raise ValueError(
+            f"policy.pretrained_path={path} begins a new run: mode={config.mode.value} has a checkpoint of its own, "
+            "leave it out"
+        )
+    if config.mode in TRAINING_AFRESH and (given := {"input_features", "output_features"} & {*config.policy}):
         key = min(given)
         raise ValueError(f"policy.{key}={config.policy[key]}: features are taken from the data set, leave it out")
+    if config.mode is Mode.dagger:
+        _check_dagger(config)
+
+
+def _check_dagger(config: Config) -> None:
+    dagger, evaluated = config.dagger, config.eval
+    if not config.save_checkpoint:
+        raise ValueError("save_checkpoint=false: a round of mode=dagger begins from the one before it, leave it out")
+    if dagger.labels:
+        raise ValueError(f"dagger.labels={dagger.labels}: mode=dagger makes its own, leave it out")
+    stop = dagger.start_seed + dagger.rounds * dagger.n_rollouts
+    if dagger.start_seed < evaluated.start_seed + evaluated.n_episodes and evaluated.start_seed < stop:
+        raise ValueError(
+            f"dagger.start_seed={dagger.start_seed}: the policy would be trained on starts that it is evaluated on "
+            f"(eval.start_seed={evaluated.start_seed}), give another such as 3000000"
+        )
 
 
 def _check_dataset(config: Config) -> None:

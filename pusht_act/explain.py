@@ -27,7 +27,7 @@ RENAMED = {
     "eval.seed": "eval.start_seed",
     "resume": "mode=resume",
     "config_path": "resume.path",
-    "policy.path": "checkpoint (mode=eval) or resume.path (mode=resume)",
+    "policy.path": "checkpoint (mode=eval), resume.path (mode=resume) or +policy.pretrained_path (fine-tuning)",
 }
 """Names of older LeRobots, of LeRobot's command line and of the ACT paper's code that many a script still has."""
 

@@ -14,21 +14,21 @@ MODEL_FILES = ("*.json", "*.safetensors")
 """Weights and configuration; never a pickle."""
 
 
-def download(repo_id: str) -> Path:
+def download(repo_id: str, key: str) -> Path:
     """The folder of model `repo_id`, fetched from the Hub or from its cache.
 
     Raises:
-        FileNotFoundError: it cannot be had.
+        FileNotFoundError: it cannot be had; `key` names the option in the message.
     """
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=list(MODEL_FILES)))
     except Exception as error:  # the Hub client and httpx raise classes of their own
         raise FileNotFoundError(
-            f"checkpoint={repo_id} is no path here and cannot be fetched from the Hub ({type(error).__name__}): "
+            f"{key}={repo_id} is no path here and cannot be fetched from the Hub ({type(error).__name__}): "
             "give a path such as outputs/act_pusht/train/checkpoints/last"
         ) from error
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"checkpoint={repo_id} holds no LeRobot policy (no config.json)")
+        raise FileNotFoundError(f"{key}={repo_id} holds no LeRobot policy (no config.json)")
     return folder
 
 

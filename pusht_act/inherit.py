@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.run_dir import OURS, Checkpoint
@@ -15,7 +16,7 @@ OF_THE_COMMAND = {"mode", "steps", "output_dir", "overwrite", "print_lerobot_com
 """Root keys of a resumed run that the present command decides; all others are the checkpoint's."""
 OF_AN_EVALUATED_POLICY = {"policy", "env", "job_name"}
 """Root keys that mode=eval takes from the checkpoint; all others are the present command's."""
-OUR_SECTIONS = {"eval", "wandb", "demos"}
+OUR_SECTIONS = {"eval", "wandb", "demos", "dagger"}
 """Typed by config.py; the others are LeRobot's, whose defaults are its own."""
 FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
 STOCK_ROOT = {
@@ -46,8 +47,7 @@ def inherit(
             merged[key] = OmegaConf.merge(merged[key], value) if key in OUR_SECTIONS else value
     merged.policy.device = cfg.policy.device
     merged.wandb.enable = cfg.wandb.enable
-    named = [override for override in overrides if not override.startswith("output_dir=")]  # a sweep's is not quoted
-    for override in OverridesParser.create().parse_overrides(named):
+    for override in parsed(overrides):
         key = override.key_or_group
         if key in FIXED_GROUPS:
             if key in saved or key in saved_choices or key == "experiment":
@@ -57,6 +57,13 @@ def inherit(
                 raise ValueError(f"~{key}: a checkpoint's configuration has it; give {key}=VALUE")
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
     return merged
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    """What Hydra reads in `overrides`, without output_dir, which a sweep does not quote."""
+    named = [override for override in overrides if not override.startswith("output_dir=")]
+    read: list[Override] = OverridesParser.create().parse_overrides(named)
+    return read
 
 
 def _check_choice(group: str, choice: str | None, saved: dict[str, str | None], checkpoint: Checkpoint) -> None:

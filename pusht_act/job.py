@@ -6,17 +6,24 @@ What can be refused is refused before torch and lerobot are imported, which take
 import dataclasses
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.config import Config, Mode, config_from
-from pusht_act.inherit import inherit
+from pusht_act.config import (
+    EMBEDDED_REPO_ID,
+    PLANNER_OPTIONS,
+    TRAINING_AFRESH,
+    Config,
+    Mode,
+    config_from,
+    plain,
+)
+from pusht_act.inherit import inherit, parsed
 from pusht_act.lerobot_command import lerobot_command
 from pusht_act.run_dir import (
     Checkpoint,
@@ -25,11 +32,18 @@ from pusht_act.run_dir import (
     command_line,
     find_checkpoint,
     last_checkpoint,
+    log_file,
     move_aside,
     write_provenance,
 )
 
 log = logging.getLogger(__name__)
+
+FREE_IN_DAGGER = (
+    *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "eval.n_videos", "wandb."),
+    *("dagger.rounds", "dagger.workers", "policy.push_to_hub", "policy.repo_id"),
+)
+"""Keys that a mode=dagger may go on with another value of: none decides what a round comes to."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,9 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
         ValueError, OSError: the user's to mend; nothing was written.
     """
     mode = cfg.mode
+    _check_overrides(cfg, overrides)
     if mode is Mode.eval:
-        checkpoint = _evaluated(config_from(cfg))
+        checkpoint = _found(str(config_from(cfg).checkpoint), "checkpoint")
         config = config_from(inherit(cfg, checkpoint, overrides, choices, resume=False))
     elif mode is Mode.resume:
         config_from(cfg)
@@ -72,6 +87,8 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
             )
     else:
         checkpoint, config = None, config_from(cfg)
+        if mode in TRAINING_AFRESH and (name := config.policy.get("pretrained_path")):
+            config.policy["pretrained_path"] = str(_found(str(name), "policy.pretrained_path").model)
     if config.print_lerobot_command:
         print(lerobot_command(config, checkpoint))
         return Result(Path(config.output_dir))
@@ -80,7 +97,52 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
         return _evaluate(config, checkpoint, overrides)
     if mode is Mode.demos:
         return _demonstrate(config, overrides)
+    if mode is Mode.dagger:
+        return _dagger(config, overrides, choices)
     return _train(config, checkpoint, overrides, choices)
+
+
+def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
+    """Refuse what only the command line shows: an option that this job would ignore, a number taken for true."""
+    read = [override for override in parsed(overrides) if not override.is_delete()]
+    given = dict(pair for override in read for pair in _flat(override.key_or_group, override.value()))
+    for key, value in given.items():
+        section, _, name = key.partition(".")
+        if section == "demos":
+            _check_used(name, value, cfg)
+        trains = cfg.mode is Mode.resume or cfg.mode in TRAINING_AFRESH
+        if section == "dagger" and cfg.mode is not Mode.dagger and not (name == "labels" and trains):
+            raise ValueError(f"{key}={value} is for mode=dagger: give that too, or leave it out")
+        if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
+            raise ValueError(f"{key}={value}: give true or false")
+    starts = OmegaConf.select(cfg, "demos.starts")
+    if "demos.start_seed" in given and starts is not None:
+        raise ValueError(
+            f"demos.start_seed={given['demos.start_seed']} and demos.starts={starts} both say where to start: "
+            "leave one of them out"
+        )
+
+
+def _check_used(name: str, value: Any, cfg: DictConfig) -> None:
+    """Refuse the option `name` of demos where nothing would read it."""
+    users = ["mode=demos"]
+    if name in PLANNER_OPTIONS:
+        users.append("mode=dagger")
+    if name == "n_episodes":
+        users.append("dataset=demos")
+        if cfg.mode is Mode.resume or OmegaConf.select(cfg, "dataset.repo_id") == EMBEDDED_REPO_ID:
+            return  # a resumed run's data set is not known yet
+    if f"mode={cfg.mode.value}" not in users:
+        raise ValueError(f"demos.{name}={value} is for {' or '.join(users)}: give that too, or leave it out")
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """demos={speed: 9} -> demos.speed, 9."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from _flat(f"{key}.{name}", inner)
 
 
 def _resumed(cfg: DictConfig, overrides: list[str]) -> tuple[Checkpoint, str]:
@@ -102,22 +164,18 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> tuple[Checkpoint, str]:
     return checkpoint, str(output_dir)
 
 
-def _evaluated(config: Config) -> Checkpoint:
-    """The checkpoint of mode=eval: a path, or else a model on the Hub."""
-    name = str(config.checkpoint)
+def _found(name: str, key: str) -> Checkpoint:
+    """The checkpoint that option `key` names: a path, or else a model on the Hub."""
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if Path(name).exists() or not looks_like_hub:
-        return find_checkpoint(name, "checkpoint")
+        return find_checkpoint(name, key)
     from pusht_act.hub import download
 
-    return Checkpoint(download(name))
+    return Checkpoint(download(name, key))
 
 
 def _train(config: Config, start: Checkpoint | None, overrides: list[str], choices: dict[str, str | None]) -> Result:
-    if config.policy.get("push_to_hub"):
-        from pusht_act.hub import check_can_push
-
-        check_can_push(config.policy.get("repo_id"))
+    _check_can_push(config)
     run = RunDir(Path(config.output_dir))
     branches_off = start is None or start.run != run.path.resolve()
     if branches_off:
@@ -127,21 +185,17 @@ def _train(config: Config, start: Checkpoint | None, overrides: list[str], choic
     from pusht_act.train import set_up, train
 
     lerobot = decode(config)
-    plain = {**dataclasses.asdict(config), "mode": config.mode.value}
-    record: dict[str, Any] = {"config": plain, "choices": choices}
+    record: dict[str, Any] = {"config": plain(config), "choices": choices}
     setup = set_up(config, lerobot, start)
     # The run directory is touched when nothing is left that could be refused.
     if branches_off:
         move_aside(run.path)
-    write_provenance(run, plain, overrides)
-    with _log_file(run):
+    write_provenance(run, plain(config), overrides)
+    with log_file(run):
         training = train(config, lerobot, setup, run, record)
-    if config.policy.get("push_to_hub") and training.checkpoint is not None:
-        from pusht_act.hub import push
-
-        metrics = training.evaluation.metrics if training.evaluation else {}
-        log.info("pushed to %s", push(config, training.checkpoint.directory, metrics, command_line(overrides)))
     evaluation = training.evaluation
+    if training.checkpoint is not None:
+        _push(config, training.checkpoint, evaluation.metrics if evaluation else {}, overrides)
     _say_what_next(config, run, overrides, evaluation.film_strip if evaluation else None)
     return Result(
         output_dir=run.path,
@@ -173,19 +227,55 @@ def _say_what_next(config: Config, run: RunDir, overrides: list[str], film_strip
     log.info("how much is luck: %s", command_line(several))
 
 
-@contextmanager
-def _log_file(run: RunDir) -> Iterator[None]:
-    """What the console shows goes to train.log too."""
-    handler = logging.FileHandler(run.log)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("pusht_act").setLevel(logging.INFO)  # from Python nobody has configured logging
-    logging.getLogger().addHandler(handler)
-    log.info("run directory: %s", run.path)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
+def _check_can_push(config: Config) -> None:
+    if config.policy.get("push_to_hub"):
+        from pusht_act.hub import check_can_push
+
+        check_can_push(config.policy.get("repo_id"))
+
+
+def _push(config: Config, checkpoint: Checkpoint, metrics: dict[str, float], overrides: list[str]) -> None:
+    if config.policy.get("push_to_hub"):
+        from pusht_act.hub import push
+
+        log.info("pushed to %s", push(config, checkpoint.directory, metrics, command_line(overrides)))
+
+
+def _dagger(config: Config, overrides: list[str], choices: dict[str, str | None]) -> Result:
+    _check_can_push(config)
+    run = RunDir(Path(config.output_dir))
+    fresh = not _goes_on(config, run)
+    if fresh:
+        check_unused(run.path, config.overwrite, remedy="give another job_name= or output_dir=")
+    from pusht_act.demos.collect import planner_options
+
+    options = planner_options(config.demos)
+    from pusht_act.dagger import dagger
+
+    last = dagger(config, options, overrides, choices, fresh)[-1]
+    _push(config, last.checkpoint, last.metrics, overrides)
+    return Result(run.path, config.steps, last.metrics, last.checkpoint.directory)
+
+
+def _goes_on(config: Config, run: RunDir) -> bool:
+    """Whether `run` is a mode=dagger of this very configuration, as far as that decides the result.
+
+    Raises:
+        ValueError: it is one of another configuration.
+    """
+    begun, now = run.configuration(), plain(config)
+    if begun.get("mode") != Mode.dagger.value:
+        return False
+    was, given = (dict(pair for item in each.items() for pair in _flat(*item)) for each in (begun, now))
+    for key in sorted(was.keys() | given.keys()):
+        if was.get(key) != given.get(key) and not key.startswith(FREE_IN_DAGGER):
+            if config.overwrite:
+                return False
+            raise ValueError(
+                f"{key}={given.get(key)}: the rounds in output_dir={run.path} were made with {key}={was.get(key)}; "
+                f"give {key}={was.get(key)}, another output_dir=, or overwrite=true to move them aside"
+            )
+    return True
 
 
 def _evaluate(config: Config, checkpoint: Checkpoint, overrides: list[str]) -> Result:
@@ -215,9 +305,10 @@ def _demonstrate(config: Config, overrides: list[str]) -> Result:
 
         check_can_push(config.demos.repo_id, "demos")
     from pusht_act.demos.collect import planner_options
+    from pusht_act.demos.starts import starts_of
 
-    options = planner_options(config.demos)
+    options, starts = planner_options(config.demos), starts_of(config.demos)
     from pusht_act.demos.dataset import write_demos
 
-    written = write_demos(config, options, overrides)
+    written = write_demos(config, options, starts, overrides)
     return Result(written.path, metrics=written.metrics, video_paths=[written.video])

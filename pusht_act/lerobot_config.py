@@ -34,8 +34,7 @@ DATASET_KEYS = ("repo_id", "root", "episodes", "revision", "use_imagenet_stats",
 ACTIVATIONS = ("relu", "gelu", "glu")
 POLICY_REFUSED = {
     "use_peft": "adapters are not trained here: leave it false",
-    "pretrained_path": "a run starts afresh or from resume.path=CHECKPOINT",
-    "pretrained_revision": "a run starts afresh or from resume.path=CHECKPOINT",
+    "pretrained_revision": "the newest of the Hub is taken, leave it out",
 }
 ENV_REFUSED = {
     "observation_width": "the picture's size is taken from the data set, leave it out",

@@ -60,8 +60,8 @@ class Sink(Protocol):
     def log(self, values: dict[str, float], step: int) -> None:
         """Take `values` of one step."""
 
-    def close(self) -> None:
-        """Finish writing."""
+    def close(self, failed: bool) -> None:
+        """Finish writing; `failed`: the run ended in an exception."""
 
 
 class JsonLines:
@@ -76,7 +76,7 @@ class JsonLines:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
 
-    def close(self) -> None:  # noqa: D102
+    def close(self, failed: bool = False) -> None:  # noqa: ARG002, D102
         self._file.close()
 
 
@@ -132,8 +132,8 @@ class Wandb:
     def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
         self._run.log(values, step=step)
 
-    def close(self) -> None:  # noqa: D102
-        self._run.finish()
+    def close(self, failed: bool) -> None:  # noqa: D102
+        self._run.finish(exit_code=int(failed))
 
 
 def _wandb_mode(config: Config) -> str:
@@ -174,6 +174,6 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for sink in self._sinks:
-            sink.close()
+            sink.close(failed=kind is not None)

@@ -62,7 +62,7 @@ def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
         raise ValueError(f"{path} is missing or damaged ({error}): give another checkpoint") from error
     except RuntimeError as error:  # keys or shapes differ
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} holds another policy than its config.json describes: {reason}") from error
+        raise ValueError(f"{path} holds another policy than policy.* describes: {reason}") from error
     return policy.to(config.device)
 
 
@@ -106,8 +106,27 @@ def act_loss(policy: ACTPolicy, batch: Mapping[str, Tensor]) -> tuple[Float[Tens
 
 
 def make_optimizer(policy: ACTPolicy, config: AdamWConfig) -> Optimizer:
-    """AdamW over LeRobot's two groups: everything but the backbone, and the backbone at its own rate."""
-    return config.build(policy.get_optim_params())  # type: ignore[no-any-return]
+    """AdamW over LeRobot's two groups: everything but the backbone, and the backbone at its own rate.
+
+    Fused into one pass over the weights, which stock's is not; a file of its state says nothing of that, since stock
+    LeRobot reads only files of optimizers like its own.
+    """
+    optimizer: Optimizer = config.build(policy.get_optim_params())
+    optimizer.register_state_dict_post_hook(lambda _, state: _set_fused(state["param_groups"], None))
+    optimizer.register_load_state_dict_post_hook(_fuse)
+    _fuse(optimizer)
+    return optimizer
+
+
+def _fuse(optimizer: Optimizer) -> None:
+    _set_fused(optimizer.param_groups, True)
+    for parameter, state in optimizer.state.items():
+        state["step"] = state["step"].to(parameter.device)  # where the fused kernel counts
+
+
+def _set_fused(groups: list[dict[str, Any]], fused: bool | None) -> None:
+    for group in groups:
+        group["fused"] = fused
 
 
 def reapply_options(

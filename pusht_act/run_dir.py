@@ -5,16 +5,23 @@ Imports neither torch nor lerobot, so that a refusal answers at once.
 
 import itertools
 import json
+import logging
 import os
 import platform
 import shlex
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("pusht-act", "lerobot", "torch", "torchvision", "gym-pusht", "pymunk", "hydra-core", "numpy", "av", "wandb")
 OURS = "pusht_act.json"
@@ -84,6 +91,14 @@ class RunDir:
     def log(self) -> Path:
         """What the console showed."""
         return self.path / "train.log"
+
+    def configuration(self) -> dict[str, Any]:
+        """config.yaml as the last start wrote it; empty when there is none that can be read."""
+        try:
+            content = yaml.safe_load((self.path / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def evaluation(self, step: int, start_seed: int, n_episodes: int) -> Path:
         """One folder a (checkpoint, seeds): evaluating again writes the same numbers to the same place."""
@@ -160,7 +175,9 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
         raise OSError(
             f"output_dir={run.path} cannot be made ({error.strerror}): give output_dir= where you may write"
         ) from error
-    (run.path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    part = run.path / ".config.yaml.part"
+    part.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    part.replace(run.path / "config.yaml")
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(overrides),
@@ -171,6 +188,21 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
     }
     with (run.path / "runs.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+@contextmanager
+def log_file(run: RunDir) -> Iterator[None]:
+    """What the console shows goes to train.log too."""
+    handler = logging.FileHandler(run.log)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("pusht_act").setLevel(logging.INFO)  # from Python nobody has configured logging
+    logging.getLogger().addHandler(handler)
+    log.info("run directory: %s", run.path)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def command_line(overrides: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The training loop: batches in, steps, metrics, evaluations and checkpoints out."""
 
+import json
 import logging
 import time
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -72,7 +74,8 @@ class Setup:
 def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> Setup:
     """Data, policy, optimizer and the loop's state: fresh, or as they stood at checkpoint `start`.
 
-    Writes nothing but the cache.
+    A fresh policy begins with the weights and the processors in `policy.pretrained_path`, if there is one: the
+    statistics that its weights were trained with stay with them. Writes nothing but the cache.
 
     Raises:
         ValueError: a configuration that does not fit the data or the checkpoint.
@@ -80,22 +83,22 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
     frames = open_dataset(config, lerobot)
     train_episodes, eval_episodes = split_episodes(frames, lerobot.dataset.episodes, lerobot.dataset.eval_split)
     inputs, outputs = policy_features(frames)
-    if start is not None and (lerobot.policy.input_features, lerobot.policy.output_features) != (inputs, outputs):
-        raise ValueError(
-            f"dataset {frames.repo_id} has {', '.join([*inputs, *outputs])}, the checkpoint's policy was made for "
-            f"{', '.join([*(lerobot.policy.input_features or {}), *(lerobot.policy.output_features or {})])}"
-        )
+    pretrained = lerobot.policy.pretrained_path
+    loaded = start.model if start is not None else Path(pretrained) if pretrained is not None else None
+    if loaded is not None:
+        _check_fits(loaded, lerobot.policy, frames.repo_id, inputs, outputs)
     lerobot.policy.input_features, lerobot.policy.output_features = inputs, outputs
     order = SampleOrder(frames, train_episodes, config.seed)
     seed_initialisation(config.seed)
-    if start is None:
+    if loaded is None:
         policy = make_policy(lerobot.policy)
         stats = normalization_stats(frames, lerobot.dataset.use_imagenet_stats)
         processors = make_processors(lerobot.policy, stats)
-        seed_training_noise(config.seed)
     else:
-        policy = load_policy(lerobot.policy, start.model)
-        processors = load_processors(lerobot.policy, start.model)
+        policy = load_policy(lerobot.policy, loaded)
+        processors = load_processors(lerobot.policy, loaded)
+    if start is None:
+        seed_training_noise(config.seed)
     optimizer = make_optimizer(policy, lerobot.optimizer)
     scheduler = lerobot.scheduler.build(optimizer, config.steps) if lerobot.scheduler else None
     objects = TrainingObjects(policy, processors, optimizer, scheduler)
@@ -111,6 +114,31 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
         sum(p.numel() for p in policy.parameters()) / 1e6, lerobot.policy.device,
     )  # fmt: skip
     return Setup(objects, data, order, held_out, state)
+
+
+def _check_fits(model: Path, policy: ACTConfig, repo_id: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
+    """Refuse a checkpoint that observes something else than the data set, or normalizes otherwise than `policy` says.
+
+    Its processors are loaded as they are, so another `policy.normalization_mapping` would do nothing.
+    """
+    try:
+        saved = json.loads((model / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"{model / 'config.json'} is damaged ({error}): give another checkpoint") from error
+    has = {key: [feature.type.name, list(feature.shape)] for key, feature in (inputs | outputs).items()}
+    features = (saved.get("input_features") or {}) | (saved.get("output_features") or {})
+    if {key: [feature["type"], feature["shape"]] for key, feature in features.items()} != has:
+        raise ValueError(
+            f"dataset {repo_id} has {', '.join(has)}, the checkpoint's policy was made for {', '.join(features)}: "
+            "give a data set that fits it"
+        )
+    mapping = {key: mode.name for key, mode in policy.normalization_mapping.items()}
+    if mapping != saved.get("normalization_mapping", mapping):
+        given, its = (json.dumps(each).replace('"', "") for each in (mapping, saved["normalization_mapping"]))
+        raise ValueError(
+            f"policy.normalization_mapping={given}, but {model} was trained with its own: "
+            f"give '+policy.normalization_mapping={its}'"
+        )
 
 
 def _resumed_state(

@@ -90,7 +90,7 @@ def test_a_policy_of_another_kind_is_refused(run: Path) -> None:
 
 
 def test_another_architecture_is_refused(run: Path) -> None:
-    with pytest.raises(ValueError, match="holds another policy than its config.json describes"):
+    with pytest.raises(ValueError, match="holds another policy than policy"):
         pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4", "policy.dim_model=64"])
 
 

@@ -11,7 +11,7 @@ import torch
 import pusht_act
 from pusht_act.explain import explain
 from pusht_act.main import CONFIG_DIR, USER_ERRORS
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_command
 
 NOBODYS = "nobody/has-put-this-on-the-hub"
 
@@ -50,6 +50,8 @@ REFUSED_AT_ONCE = [
     ("steps=1.5", "steps=1.5", "give a whole number"),
     ("batch_size=null", "batch_size=null", "must have a value"),
     ("overwrite=perhaps", "overwrite=perhaps", "give true or false"),
+    ("wandb.enable=2", "wandb.enable=2", "give true or false"),
+    ("wandb={enable:-1}", "wandb.enable=-1", "give true or false"),
     ("policy.chunk_size=abc", "policy.chunk_size=abc", "not a number"),
     ("policy.optimizer_lr=null", "policy.optimizer_lr=None", "not a number"),
     ("steps", "'steps'", "give KEY=VALUE"),
@@ -63,15 +65,36 @@ REFUSED_AT_ONCE = [
     ("policy.n_action_steps=-4", "policy.n_action_steps=-4", "give 1 or more"),
     ("policy.optimizer_lr=-1", "policy.optimizer_lr=-1", "give 0 or more"),
     ("env.episode_length=0", "env.episode_length=0", "give 1 or more"),
-    ("demos.n_episodes=0", "demos.n_episodes=0", "give 1 to 2000"),
+    ("dataset=demos demos.n_episodes=0", "demos.n_episodes=0", "give 1 to 2000"),
     ("policy.n_action_steps=101", "policy.n_action_steps=101", "policy.chunk_size=100", "give policy.n_action_steps="),
     ("dataset.eval_split=1", "dataset.eval_split=1", "from 0 up to, not including, 1"),
     ("eval_steps=5", "eval_steps=5", "dataset.eval_split=0.1"),
+    ("+scheduler.peak_lr=0", "scheduler.peak_lr=0", "give one above 0"),
+    ("+scheduler.peak_lr=-1e-4", "scheduler.peak_lr=-0.0001", "give one above 0"),
+    ("+scheduler.peak_lr=high", "scheduler.peak_lr=high", "give one above 0"),
+    ("+scheduler.decay_lr=-1", "scheduler.decay_lr=-1", "give 0 or more"),
     ("output_dir=", "output_dir=", "leave it out"),
     # options that would do nothing
     ("resume.path=x", "resume.path=x", "mode=resume"),
     ("checkpoint=x", "checkpoint=x", "mode=eval"),
     ("dataset=demos dataset.root=/data", "dataset.root=/data", "dataset=pusht"),
+    *(
+        (f"demos.{given}", f"demos.{given} is for mode=demos: give", "leave it out")
+        for given in ("starts=x", "start_seed=2000000", "action_noise=1", "workers=2", "repo_id=me/x")
+    ),
+    *(
+        (f"demos.{given}", f"demos.{given} is for mode=demos or mode=dagger: give", "leave it out")
+        for given in ("coverage=0.98", "speed=9", "smoothness=2", "replan=1", "seed=3")
+    ),
+    *(
+        (f"demos.starts=x {mode}", "demos.starts=x is for mode=demos: give", "leave it out")
+        for mode in ("mode=test dataset=demos", "mode=resume", "mode=eval checkpoint=x", "mode=dagger")
+    ),
+    ("demos.push_to_hub=true", "demos.push_to_hub=True", "mode=demos", "leave it out"),
+    ("++demos.speed=8", "demos.speed=8", "mode=demos"),
+    ("demos={n_episodes:3,speed:8} dataset=demos", "demos.speed=8", "mode=demos"),
+    ("demos.n_episodes=30", "demos.n_episodes=30", "mode=demos or dataset=demos"),
+    ("mode=eval checkpoint=x demos.n_episodes=30", "demos.n_episodes=30", "mode=demos or dataset=demos"),
     ("+policy.input_features={}", "policy.input_features={}", "leave it out"),
     ("+policy.n_obs_steps=2", "policy.n_obs_steps=2", "leave it out"),
     ("policy.push_to_hub=true policy.repo_id=me/x save_checkpoint=false", "save_checkpoint=false", "push_to_hub=true"),
@@ -87,6 +110,19 @@ REFUSED_AT_ONCE = [
     ("mode=eval checkpoint=.", "checkpoint=.", "no config.json", "checkpoints/STEP"),
     ("mode=resume", "nothing to resume in outputs/act_pusht/train", "mode=full", "resume.path="),
     ("mode=resume resume.path=nowhere", "resume.path=nowhere", "checkpoints/last"),
+    ("+policy.pretrained_path=nowhere", "policy.pretrained_path=nowhere", "checkpoints/last"),
+    # mode=dagger
+    *((f"mode=dagger dagger.{key}=0", f"dagger.{key}=0", "give 1 or more") for key in ("rounds", "n_rollouts")),
+    *((f"mode=dagger dagger.{key}=-1", f"dagger.{key}=-1", "give 0 or more") for key in ("start_seed", "workers")),
+    ("mode=dagger save_checkpoint=false", "save_checkpoint=false", "leave it out"),
+    ("mode=dagger dagger.labels=[x]", "dagger.labels=['x']", "leave it out"),
+    ("mode=dagger dagger.start_seed=99401", "dagger.start_seed=99401", "eval.start_seed=100000", "3000000"),
+    ("mode=dagger demos.speed=0", "demos.speed=0", "30"),
+    ("mode=dagger checkpoint=x", "checkpoint=x", "mode=eval"),
+    ("mode=dagger print_lerobot_command=true", "print_lerobot_command=true", "leave it out"),
+    ("dagger.rounds=2", "dagger.rounds=2", "mode=dagger"),
+    ("mode=eval checkpoint=x dagger.labels=[x]", "dagger.labels=['x']", "mode=dagger"),
+    ("dagger.labels=[x] print_lerobot_command=true", "dagger.labels=['x']", "leave them out"),
 ]
 
 # After a run of TINY; these need LeRobot to be judged.
@@ -102,7 +138,7 @@ REFUSED_BY_LEROBOT = [
     ("+policy.temporal_ensemble_coeff=0.01", "policy.n_action_steps=8", "must be 1"),
     ("+policy.normalization_mapping.STATE=X", "policy.normalization_mapping", "NormalizationMode"),
     ("+policy.use_peft=true", "policy.use_peft=True", "leave it false"),
-    ("+policy.pretrained_path=x", "policy.pretrained_path=x", "resume.path=CHECKPOINT"),
+    ("+policy.pretrained_revision=x", "policy.pretrained_revision=x", "leave it out"),
     ("+env.foo=1", "env.foo", "episode_length"),
     ("env.type=aloha", "env.type=aloha", "give env.type=pusht"),
     ("env.task=Other", "env.task=Other", "give env.task=PushT-v0"),
@@ -146,9 +182,23 @@ def test_refused_at_once(overrides: str, fragments: tuple[str, ...], in_tmp: Pat
     check(line(*overrides.split(" ")), fragments, in_tmp)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "dataset=demos demos.n_episodes=3",
+        "mode=resume demos.n_episodes=3",
+        "mode=demos demos.n_episodes=3 demos.start_seed=3",
+        "mode=dagger demos.coverage=0.98 demos.speed=8 demos.smoothness=2 demos.replan=1 demos.seed=3",
+        "wandb.enable=1 overwrite=0",
+    ],
+)
+def test_an_option_that_has_a_use_gets_past_the_checks_for_it(overrides: str, in_tmp: Path) -> None:
+    check(line(*overrides.split(" "), "steps=0"), ("steps=0 is too small",), in_tmp)
+
+
 @pytest.mark.parametrize(("overrides", "fragments"), [(c[0], c[1:]) for c in REFUSED_BY_LEROBOT], ids=str)
 def test_refused_by_lerobot(overrides: str, fragments: tuple[str, ...], in_tmp: Path) -> None:
-    check(line(*TINY, *overrides.split(" ")), fragments, in_tmp)
+    check(line(*tiny_command(*overrides.split(" "))), fragments, in_tmp)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -219,7 +269,7 @@ def command(*arguments: str, cwd: Path, environment: dict[str, str] | None = Non
         ["policy.n_action_steps=200"],
         ["policy=act_smal"],
         ["mode=resume"],
-        [*TINY, "dataset=pusht_keypoints", "dataset.root=/nowhere"],
+        tiny_command("dataset=pusht_keypoints", "dataset.root=/nowhere"),
     ],
     ids=lambda overrides: overrides[-1],
 )

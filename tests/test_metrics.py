@@ -4,6 +4,7 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,15 @@ def test_wandb_can_be_disabled(how: str, tmp_path: Path, nobody: None, monkeypat
     assert log_once(tmp_path, *(["wandb.mode=disabled"] if how == "option" else [])) is None
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
     assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_ends_in_an_exception_has_failed_in_wandb(failed: bool, tmp_path: Path, nobody: None) -> None:
+    with suppress(ValueError), Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None):
+        if failed:
+            raise ValueError("the loss became nan")
+    (exit_,) = [record.exit for record in records(offline_runs(tmp_path)[0]) if record.HasField("exit")]
+    assert exit_.exit_code == int(failed)
 
 
 def test_the_options_of_wandb_reach_its_run(tmp_path: Path, nobody: None) -> None:

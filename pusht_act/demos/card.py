@@ -53,6 +53,7 @@ def push(root: Path, config: Config, figures: dict[str, float], command: str) ->
 
 def _fields(config: Config, figures: dict[str, float], command: str) -> dict[str, Any]:
     """What fills LeRobot's card template."""
+    start = "reset seed" if config.demos.starts is None else "start (agent x, y, block x, y in px, block angle in rad)"
     versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())
     description = (
         "Demonstrations of PushT (Chi et al. 2023), push the T onto its target, by a planner that knows the "
@@ -60,7 +61,7 @@ def _fields(config: Config, figures: dict[str, float], command: str) -> dict[str
         f"`lerobot/{'pusht' if config.env['obs_type'] == 'pixels_agent_pos' else 'pusht_keypoints'}`.\n\n"
         "![an episode](film_strip.png)\n\n" + "\n".join(table(figures)) + "\n\n"
         f"Made by\n\n```\n{command}\n```\n\nwith {versions}.\n\n"
-        "`demonstrations.npz` has the reset seed of each episode and the actions that were carried out, which differ "
+        f"`demonstrations.npz` has the {start} of each episode and the actions that were carried out, which differ "
         "from the data set's by the injected noise, if there is any."
     )
     return {

@@ -1,21 +1,21 @@
 """Demonstrations planned on many cores, each kept in a file of its own, so that a job that was killed goes on.
 
-    seeds first_seed, first_seed + 1, ...  -> worker processes: demonstrate -> <folder>/<seed>.npz, atomically
-                                           -> all that were tried, in the order of their seeds, up to the last success
+    starts  -> worker processes: demonstrate -> <folder>/<seed>.npz or <hash of the state>.npz, atomically
+            -> all that were tried, in the order of the starts, up to the last success
 
 Workers import neither torch nor lerobot.
 """
 
 import hashlib
-import itertools
 import logging
 import multiprocessing
 import os
 import signal
+import struct
 import threading
 import zipfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,6 +30,8 @@ from tqdm import tqdm
 from pusht_act.config import DemosConfig
 from pusht_act.demos.demonstrator import Demonstration, demonstrate
 from pusht_act.demos.planner import PlannerOptions
+from pusht_act.demos.replay import Start
+from pusht_act.demos.starts import shown
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,8 @@ PATIENCE = 20
 DECIDES = ("coverage.py", "demonstrator.py", "planner.py", "proposals.py", "replay.py", "simulator.py")
 """The sources that a demonstration depends on."""
 
-Submit = Callable[[int], Callable[[], Demonstration]]
-"""seed -> a call that waits for its demonstration."""
+Submit = Callable[[Start], Callable[[], Demonstration]]
+"""start -> a call that waits for its demonstration."""
 
 
 def planner_options(demos: DemosConfig) -> PlannerOptions:
@@ -62,7 +64,7 @@ def planner_options(demos: DemosConfig) -> PlannerOptions:
 
 
 def options_key(options: PlannerOptions) -> str:
-    """A name for everything but the seed that a demonstration depends on: demonstrations of one name may be mixed."""
+    """A name for everything but the start that a demonstration depends on: demonstrations of one name may be mixed."""
     digest = hashlib.sha256(repr(astuple(options)).encode())
     for package in ("gym-pusht", "pymunk", "numpy", "numba"):
         digest.update(version(package).encode())
@@ -71,35 +73,42 @@ def options_key(options: PlannerOptions) -> str:
     return digest.hexdigest()[:16]
 
 
-def collect(folder: Path, options: PlannerOptions, first_seed: int, count: int, workers: int) -> list[Demonstration]:
-    """Demonstrations of the reset seeds from `first_seed` on, failures included, up to the `count`-th success.
+def collect(
+    folder: Path, options: PlannerOptions, starts: Sequence[Start], count: int, workers: int
+) -> list[Demonstration]:
+    """Demonstrations from `starts` in order, failures included, up to the `count`-th success.
 
-    Exactly these seeds are planned, whatever the number of `workers`; those that have a file in `folder` are read.
+    Exactly these are planned, whatever the number of `workers`; those that have a file in `folder` are read.
 
     Raises:
-        ValueError: hardly any seed is solved with these options.
+        ValueError: hardly any start is solved with these options, or fewer than `count` of them all.
         OSError: the disk is full, or the system killed a worker.
     """
     tried: list[Demonstration] = []
     solved = 0
-    seeds = itertools.count(first_seed)
     coming: deque[Callable[[], Demonstration]] = deque()
-    kept = sum(_path(folder, seed).exists() for seed in range(first_seed, first_seed + count))
+    kept = sum(_path(folder, start).exists() for start in starts[:count])
     log.info("planning %d demonstrations, workers: %d%s", count, workers, f", {kept} are there already" if kept else "")
     with (
         _planners(folder, options, workers) as submit,
         tqdm(total=count, desc="planning", unit="demo", disable=None) as bar,
     ):
         while solved < count:
-            while len(coming) < count - solved:  # all of these will be needed
-                coming.append(submit(next(seeds)))
+            begun = len(tried) + len(coming)
+            coming.extend(map(submit, starts[begun : len(tried) + count - solved]))  # all of these will be needed
+            if not coming:
+                fewer = f"demos.n_episodes={solved} or " if solved else ""
+                raise ValueError(
+                    f"demos.starts is used up with {solved} of {len(starts)} solved, fewer than "
+                    f"demos.n_episodes={count}: give {fewer}a longer list; what was planned is kept"
+                )
             made = coming.popleft()()
             tried.append(made)
             if made.success:
                 solved += 1
                 bar.update()
                 continue
-            log.info("seed %s is skipped: not solved, %.3f covered", made.start, made.coverage)
+            log.info("%s is skipped: not solved, %.3f covered", shown(made.start), made.coverage)
             failures = len(tried) - solved
             if failures >= PATIENCE and failures > 4 * solved:
                 raise ValueError(
@@ -111,19 +120,19 @@ def collect(folder: Path, options: PlannerOptions, first_seed: int, count: int, 
 
 @contextmanager
 def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[Submit]:
-    """A function that has a seed planned, in this process or by `workers` others."""
+    """A function that has a start planned, in this process or by `workers` others."""
     if workers == 1:
-        yield lambda seed: partial(_kept_or_made, folder, options, seed)
+        yield lambda start: partial(_kept_or_made, folder, options, start)
         return
     # spawn, since the caller may hold threads or a GPU, which do not survive a fork
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), tie_to_parent)
 
-    def submit(seed: int) -> Callable[[], Demonstration]:
-        there = _path(folder, seed).exists()
+    def submit(start: Start) -> Callable[[], Demonstration]:
+        there = _path(folder, start).exists()
         return (
-            partial(_kept_or_made, folder, options, seed)
+            partial(_kept_or_made, folder, options, start)
             if there
-            else pool.submit(_kept_or_made, folder, options, seed).result
+            else pool.submit(_kept_or_made, folder, options, start).result
         )
 
     try:
@@ -150,27 +159,29 @@ def tie_to_parent() -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def _path(folder: Path, seed: int) -> Path:
-    return folder / f"{seed}.npz"
+def _path(folder: Path, start: Start) -> Path:
+    if isinstance(start, int):
+        return folder / f"{start}.npz"
+    return folder / f"state-{hashlib.sha256(struct.pack('<5d', *start)).hexdigest()[:32]}.npz"
 
 
-def _kept_or_made(folder: Path, options: PlannerOptions, seed: int) -> Demonstration:
-    """The demonstration in `seed`'s file, or else a new one, which is written there."""
-    path = _path(folder, seed)
+def _kept_or_made(folder: Path, options: PlannerOptions, start: Start) -> Demonstration:
+    """The demonstration in `start`'s file, or else a new one, which is written there."""
+    path = _path(folder, start)
     try:
-        return _read(path, seed)
+        return _read(path, start)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s is damaged (%s): planning seed %d again", path, error, seed)
-    made = demonstrate(seed, options)
-    part = folder / f"{seed}.{os.getpid()}.part"
+        log.warning("%s is damaged (%s): planning %s again", path, error, shown(start))
+    made = demonstrate(start, options)
+    part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:
         np.savez(file, action=made.action, executed=made.executed, coverage=made.coverage, success=made.success)
     part.replace(path)
     return made
 
 
-def _read(path: Path, seed: int) -> Demonstration:
+def _read(path: Path, start: Start) -> Demonstration:
     with np.load(path, allow_pickle=False) as file:
-        return Demonstration(seed, file["action"], file["executed"], float(file["coverage"]), bool(file["success"]))
+        return Demonstration(start, file["action"], file["executed"], float(file["coverage"]), bool(file["success"]))

@@ -1,6 +1,6 @@
 """`mode=demos`: scripted demonstrations as a LeRobotDataset v3.0 with the features of lerobot/pusht.
 
-    output_dir.work/<key>/     while it is made: one file for each seed planned, the command, the data set half written
+    output_dir.work/<key>/     while it is made: one file for each start planned, the command, the data set half written
     output_dir/                all at once, by renaming: data/ meta/ videos/ (LeRobot's), README.md (its card),
                                quality.json, film_strip.png, episode-0.mp4, demonstrations.npz (what was carried out),
                                config.yaml and runs.jsonl
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -29,7 +30,7 @@ from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.lerobot_writer import FPS, write_lerobot
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.demos.quality import HUMAN, quality, table
-from pusht_act.demos.replay import make_env, reset_to
+from pusht_act.demos.replay import Start, make_env, reset_to
 from pusht_act.film_strip import film_strip
 from pusht_act.lerobot_config import decode_env
 from pusht_act.run_dir import RunDir, check_unused, command_line, move_aside, package_versions, write_provenance
@@ -53,20 +54,20 @@ class Written:
     video: Path
 
 
-def write_demos(config: Config, options: PlannerOptions, overrides: list[str]) -> Written:
+def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start], overrides: list[str]) -> Written:
     """Plan `config.demos.n_episodes` successful episodes and write them to `config.output_dir`.
 
-    `options` are those of `config.demos`, `overrides` the command, for the record.
+    `options` and `starts` are those of `config.demos`, `overrides` the command, for the record.
 
     Raises:
-        ValueError: hardly any start is solved with `options`.
+        ValueError: hardly any start is solved with `options`, or too few of them all.
         FileExistsError: output_dir is in use, or another process is making a data set there.
         OSError: no room on the disk, or output_dir cannot be made.
     """
     image = decode_env(config.env).obs_type == "pixels_agent_pos"
     target = Path(config.output_dir).resolve()
     _check_room(target, config.demos.n_episodes, image)
-    if config.demos.start_seed < CLEAN_SEEDS:
+    if config.demos.starts is None and config.demos.start_seed < CLEAN_SEEDS:
         log.warning(
             "demos.start_seed=%d: evaluation resets with seeds from 100,000 and 200,000 up; a policy must not be "
             "evaluated on starts that it was trained on", config.demos.start_seed,
@@ -75,7 +76,7 @@ def write_demos(config: Config, options: PlannerOptions, overrides: list[str]) -
     with _work_folder(target, options) as work:
         check_unused(target, config.overwrite)  # another process may have finished it since this one started
         write_provenance(RunDir(work), {**dataclasses.asdict(config), "mode": config.mode.value}, overrides)
-        tried = collect(work / "planned", options, config.demos.start_seed, config.demos.n_episodes, workers)
+        tried = collect(work / "planned", options, starts, config.demos.n_episodes, workers)
         figures = quality(tried)
         solved = [made for made in tried if made.success]
         log.info("writing %d episodes%s", len(solved), " with pictures" if image else "")
@@ -153,27 +154,27 @@ def _write_beside(
     from lerobot.utils.io_utils import write_video
 
     solved = [made for made in tried if made.success]
-    np.savez_compressed(
-        root / "demonstrations.npz",
-        seed=np.array([made.start for made in solved], np.int64),
-        length=np.array([len(made.action) for made in solved], np.int64),
-        action=np.concatenate([made.action for made in solved]),
-        executed=np.concatenate([made.executed for made in solved]),
-        coverage=np.array([made.coverage for made in solved], np.float64),
-    )
+    first = solved[0].start
+    kind = "seed" if isinstance(first, int) else "start"
+    kept: dict[str, Any] = {
+        kind: np.array([made.start for made in solved]),
+        "length": np.array([len(made.action) for made in solved], np.int64),
+        "action": np.concatenate([made.action for made in solved]),
+        "executed": np.concatenate([made.executed for made in solved]),
+        "coverage": np.array([made.coverage for made in solved], np.float64),
+    }
+    np.savez_compressed(root / "demonstrations.npz", **kept)
     record = {
         "demonstrations": figures,
         "human": HUMAN,
         "options": dataclasses.asdict(options),
-        "seeds_not_solved": [made.start for made in tried if not made.success],
+        f"{kind}s_not_solved": [made.start for made in tried if not made.success],
         "versions": package_versions(),
     }
     (root / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
     pictures = _film(solved[0])
     write_video(root / "episode-0.mp4", pictures, FPS)
-    first = solved[0].start
-    assert isinstance(first, int)
-    film_strip(pictures, True, first).save(root / "film_strip.png")
+    film_strip(pictures, True, first if isinstance(first, int) else None).save(root / "film_strip.png")
 
 
 def _film(made: Demonstration) -> list[UInt8[np.ndarray, "H W 3"]]:

@@ -38,7 +38,7 @@ class Demonstration:
     """One episode, from a start to its last action."""
 
     start: Start
-    """A seed of gym-pusht's reset, or agent x, y, block x, y (px), block angle (rad)."""
+    """A seed of gym-pusht's reset, or a state."""
     action: Float32[np.ndarray, "T 2"]
     """The labels: what the planner wanted, px."""
     executed: Float32[np.ndarray, "T 2"]
@@ -59,10 +59,10 @@ def demonstrate(start: Start, options: PlannerOptions | None = None) -> Demonstr
     Raises:
         ValueError: a negative seed, a state outside the arena, or the agent inside the block.
     """
-    options, start = options or PlannerOptions(), _checked(start)
+    options, start = options or PlannerOptions(), check_plannable(start)
     env = make_env()
     reset_to(env, start)
-    planner = Planner(options, _key(start), np.array(env.agent.position))
+    planner = Planner(options, _key(start), np.array(env.agent.position) + LAG * np.array(env.agent.velocity))
     noise = np.random.default_rng([options.seed, *_key(start), 1]).standard_normal((MAX_STEPS, 2)) * options.noise
     wanted, executed = np.empty((MAX_STEPS, 2), np.float32), np.empty((MAX_STEPS, 2), np.float32)
     covered: list[float] = []
@@ -123,7 +123,7 @@ def demonstrate_many(
     """
     if workers < 1:
         raise ValueError(f"workers={workers}: give at least 1 process")
-    starts, made = [_checked(start) for start in starts], []
+    starts, made = [check_plannable(start) for start in starts], []
     one = partial(demonstrate, options=options)
     if workers == 1:
         for start in starts:
@@ -140,11 +140,15 @@ def demonstrate_many(
     return made
 
 
-def _checked(start: Start) -> Start:
-    """`check_start`, and no start from which only the solver's push out of an overlap would move the block."""
+def check_plannable(start: Start | Sequence[float]) -> Start:
+    """`check_start`, and no start from which only the solver's push out of an overlap would move the block.
+
+    Raises:
+        ValueError: as `check_start`, or the agent's centre is inside the block.
+    """
     start = check_start(start)
     if isinstance(start, tuple):
-        x, y = agent_in_block_frame(new_state(np.array(start)))
+        x, y = agent_in_block_frame(new_state(np.array(start[:5])))
         if any(x0 < x < x1 and y0 < y < y1 for x0, y0, x1, y1 in RECTANGLES):
             shown = ", ".join(f"{value:g}" for value in start)
             raise ValueError(

@@ -1,11 +1,12 @@
-"""The embedded demonstrations as a data set: replayed and, for pictures, rendered in gym-pusht at first use."""
+"""The embedded demonstrations as a data set, and DAgger's labels after it: replayed and rendered at first use."""
 
 import hashlib
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -18,6 +19,7 @@ from pusht_act.cache import Allocate, Contents, Frames, cached
 from pusht_act.config import EMBEDDED_REPO_ID
 from pusht_act.demos import embedded
 from pusht_act.demos.demonstrator import Demonstration
+from pusht_act.demos.labels import Label
 from pusht_act.demos.replay import Episode, replay
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def open_demos(count: int, env: PushtEnv) -> Frames:
 
 def _build(demonstrations: list[Demonstration], image: bool, allocate: Allocate) -> Contents:
     log.info("replaying %d embedded demonstrations once%s", len(demonstrations), ", with pictures" if image else "")
-    bounds = np.concatenate([[0], np.cumsum([len(d.action) for d in demonstrations])])
+    bounds = _bounds(demonstrations)
     keys = ["observation.image" if image else "observation.environment_state", "observation.state", "action"]
     total = int(bounds[-1])
     arrays = {
@@ -60,13 +62,7 @@ def _build(demonstrations: list[Demonstration], image: bool, allocate: Allocate)
                 f"embedded demonstration {i} does not solve PushT when replayed with gym-pusht {version('gym-pusht')} "
                 f"and pymunk {version('pymunk')}: install the versions that pyproject.toml names"
             )
-        rows = slice(bounds[i], bounds[i + 1])
-        arrays["observation.state"][rows] = episode.observation_state
-        arrays["action"][rows] = episode.action
-        if episode.image is None:
-            arrays["observation.environment_state"][rows] = episode.environment_state
-        else:
-            arrays["observation.image"][rows] = episode.image.transpose(0, 3, 1, 2)
+        _put(arrays, slice(bounds[i], bounds[i + 1]), episode)
     return Contents(
         episodes=np.stack([bounds[:-1], bounds[1:]], axis=1),
         tasks=[TASK] * len(demonstrations),
@@ -76,7 +72,64 @@ def _build(demonstrations: list[Demonstration], image: bool, allocate: Allocate)
     )
 
 
-def _replayed(demonstrations: list[Demonstration], image: bool) -> Iterator[Episode]:
+def with_labels(frames: Frames, labels: list[Label]) -> Frames:
+    """`frames` and after them the labels, each an episode, observed as `frames` are; statistics stay those of `frames`.
+
+    Raises:
+        ValueError: the pictures of `frames` have another size than the environment's.
+        OSError: the disk has no room for both.
+    """
+    if not labels:
+        return frames
+    digest = hashlib.sha256(repr([frames.key, version("gym-pusht"), version("pymunk")]).encode())
+    for label in labels:
+        digest.update(np.array(label.start).tobytes())
+        digest.update(label.action.tobytes())
+    build = partial(_append, frames, labels)
+    both = cached(frames.repo_id, f"labels-{digest.hexdigest()[:24]}", build)
+    return replace(both, n_labels=frames.n_labels + len(labels))
+
+
+def _append(frames: Frames, labels: list[Label], allocate: Allocate) -> Contents:
+    bounds = len(frames) + _bounds(labels)
+    image = "observation.image" in frames.arrays
+    log.info("replaying %s labels once%s", f"{len(labels):,}", ", with pictures" if image else "")
+    arrays: dict[str, np.ndarray] = {}
+    for key, array in frames.arrays.items():
+        wanted = (3, 96, 96) if key.endswith("image") else tuple(FEATURES[key]["shape"])
+        if array.shape[1:] != wanted:
+            raise ValueError(
+                f"dataset {frames.repo_id}: {key} has shape {array.shape[1:]}, gym-pusht gives {wanted}: take a data "
+                "set of the environment's, such as dataset=demos"
+            )
+        arrays[key] = allocate(key, (int(bounds[-1]), *wanted), array.dtype.name)
+        arrays[key][: len(frames)] = array
+    for i, episode in enumerate(tqdm(_replayed(labels, image), "replaying", len(labels), disable=None)):
+        _put(arrays, slice(bounds[i], bounds[i + 1]), episode)
+    return Contents(
+        episodes=np.concatenate([frames.episodes, np.stack([bounds[:-1], bounds[1:]], axis=1)]),
+        tasks=frames.tasks + [TASK] * len(labels),
+        features=frames.features,
+        stats=frames.stats,
+        fps=frames.fps,
+    )
+
+
+def _bounds(trajectories: Sequence[Demonstration | Label]) -> np.ndarray:
+    """The first frame of each, and the one after the last."""
+    return np.concatenate([[0], np.cumsum([len(each.action) for each in trajectories])])
+
+
+def _put(arrays: dict[str, np.ndarray], rows: slice, episode: Episode) -> None:
+    arrays["observation.state"][rows] = episode.observation_state
+    arrays["action"][rows] = episode.action
+    if episode.image is None:
+        arrays["observation.environment_state"][rows] = episode.environment_state
+    else:
+        arrays["observation.image"][rows] = episode.image.transpose(0, 3, 1, 2)
+
+
+def _replayed(demonstrations: Sequence[Demonstration | Label], image: bool) -> Iterator[Episode]:
     """In order; pictures take 3 ms each and are drawn on all cores."""
     if not image:
         for demonstration in demonstrations:

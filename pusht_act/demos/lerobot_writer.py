@@ -1,6 +1,6 @@
 """Demonstrations -> a LeRobotDataset v3.0 with the features of lerobot/pusht or lerobot/pusht_keypoints.
 
-Demonstration (seed, labels, what was done) -> replay in gym-pusht -> frames -> LeRobotDataset.add_frame, .save_episode
+Demonstration (start, labels, what was done) -> replay in gym-pusht -> frames -> LeRobotDataset.add_frame, .save_episode
                                                                   -> statistics of the pictures
 """
 
@@ -24,6 +24,7 @@ from pusht_act.demos.collect import tie_to_parent
 from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.frames import FEATURES, TASK
 from pusht_act.demos.replay import Episode, replay
+from pusht_act.demos.starts import shown
 
 FPS = 10
 _SCALAR: dict[str, Any] = {"shape": [1], "names": None}
@@ -61,7 +62,7 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
         episodes = _replayed(solved, image, workers)
         pairs = zip(solved, episodes, strict=True)
         for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
-            assert episode.success[-1], f"the demonstration of seed {made.start} does not replay"
+            assert episode.success[-1], f"the demonstration of {shown(made.start)} does not replay"
             if episode.image is not None:
                 counts += _counts(episode.image)
             for frame in _rows(made, episode):

@@ -14,8 +14,10 @@ from jaxtyping import Bool, Float32, Float64, Shaped, UInt8
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
 
-Start = int | tuple[float, float, float, float, float]
-"""Where an episode starts: a seed of gym-pusht's reset, or agent x, y, block x, y (px) and block angle (rad)."""
+State = tuple[float, float, float, float, float, float, float]
+"""Agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
+Start = int | tuple[float, float, float, float, float] | State
+"""Where an episode starts: a seed of gym-pusht's reset, or a state, whose agent is at rest if it has five numbers."""
 
 SLACK = 20.0  # px: gym-pusht's own resets put corners of the T up to 17 px into a wall, which pushes them out
 
@@ -72,16 +74,24 @@ def check_start(start: Start | Sequence[float] | np.ndarray) -> Start:
     """Return `start` in plain Python numbers, after checking that it is a seed or a state in the arena.
 
     Raises:
-        ValueError: a negative seed, not five finite numbers, or the agent or the block outside the walls.
+        ValueError: a negative seed, neither five nor seven finite numbers, or agent or block outside the walls.
     """
     if isinstance(start, int | np.integer):
         if start < 0:
             raise ValueError(f"start={start}: a reset seed is 0 or more")
         return int(start)
-    if len(start) != 5:
-        raise ValueError(f"start has {len(start)} numbers: give agent x, y, block x, y (px), block angle (rad)")
+    if len(start) not in (5, 7):
+        raise ValueError(
+            f"start has {len(start)} numbers: give agent x, y, block x, y (px), block angle (rad), and no or two agent "
+            "velocities (px/s)"
+        )
     agent_x, agent_y, x, y, angle = check_state(start, "start")
-    return (agent_x, agent_y, x, y, angle)
+    if len(start) == 5:
+        return (agent_x, agent_y, x, y, angle)
+    vx, vy = (float(value) for value in start[5:])
+    if not (math.isfinite(vx) and math.isfinite(vy)):
+        raise ValueError(f"start=(..., {vx:g}, {vy:g}): the agent's velocity is not finite; give px/s")
+    return (agent_x, agent_y, x, y, angle, vx, vy)
 
 
 def _corners(x: float, y: float, angle: float) -> Float64[np.ndarray, "8 2"]:
@@ -92,7 +102,7 @@ def _corners(x: float, y: float, angle: float) -> Float64[np.ndarray, "8 2"]:
 
 
 def reset_to(env: Any, start: Start) -> None:
-    """Put a PushTEnv at `start` with everything at rest.
+    """Put a PushTEnv at `start`, the agent at rest unless `start` has its velocity.
 
     gym-pusht's own `reset_to_state` sets the block's position before its angle and so ends elsewhere; here the angle
     comes first, and the block is where `start` says.
@@ -101,10 +111,14 @@ def reset_to(env: Any, start: Start) -> None:
         env.reset(seed=start)
         return
     env.reset(seed=0)
-    env.agent.position = start[:2]
+    vx, vy = start[5:] or (0.0, 0.0)
+    # One sub-step back, so that the step below brings the agent to `start` as it came there in the episode.
+    env.agent.position = (start[0] - vx * env.dt, start[1] - vy * env.dt)
+    env.agent.velocity = (vx, vy)
     env.block.angle = start[4]
     env.block.position = start[2:4]
     env.space.step(env.dt)  # as gym-pusht's reset ends: contacts at the start act from the first step on
+    env.agent.position = start[:2]  # to the last bit
 
 
 def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False) -> Episode:
@@ -126,14 +140,13 @@ def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False)
         raise ValueError(f"action has shape {action.shape}: give one or more rows of two finite numbers (px)")
     env = make_env()
     reset_to(env, start)
-    for shape in env.space.shapes:
-        shape.collision_type = 1  # gym-pusht's handler, for type 0, only counts contacts and costs most of the time
+    count_no_contacts(env)
     poses, images = np.empty((len(action) + 1, 5)), []
     poses[0] = _pose(env)
     for t, (x, y) in enumerate(action.tolist()):
         if image:
-            images.append(_picture(env))
-        _advance(env, x, y)
+            images.append(picture(env))
+        advance(env, x, y)
         poses[t + 1] = _pose(env)
     covered = coverage_of_poses(poses[1:, 2:])
     done = np.zeros(len(action), np.bool_)
@@ -154,8 +167,14 @@ def _pose(env: Any) -> tuple[float, float, float, float, float]:
     return (*env.agent.position, *env.block.position, env.block.angle)
 
 
-def _advance(env: Any, x: float, y: float) -> None:
-    """The physics of PushTEnv.step, in its order of operations but on plain floats."""
+def count_no_contacts(env: Any) -> None:
+    """After a reset: leave out gym-pusht's counting of contact points, which costs more than the physics."""
+    for shape in env.space.shapes:
+        shape.collision_type = 1  # the handler that counts is for type 0
+
+
+def advance(env: Any, x: float, y: float) -> None:
+    """The physics of PushTEnv.step, in its order of operations but on plain floats: the same states bit by bit."""
     agent, step, dt, k_p, k_v = env.agent, env.space.step, env.dt, env.k_p, env.k_v
     vx, vy = agent.velocity
     for _ in range(int(1 / (dt * env.control_hz))):
@@ -166,7 +185,7 @@ def _advance(env: Any, x: float, y: float) -> None:
         step(dt)
 
 
-def _picture(env: Any) -> UInt8[np.ndarray, "96 96 3"]:
+def picture(env: Any) -> UInt8[np.ndarray, "96 96 3"]:
     """PushTEnv._get_img at the size of an observation, which copies the screen pixel by pixel and takes thrice as long.
 
     Resizing the four channels in memory and then picking three in order gives the same bytes.
