@@ -5,10 +5,12 @@
                             pusht_act.json      our configuration and the group choices it was composed of
   005000/training_state/    optimizer, scheduler, random streams, step (LeRobot's files)
                             pusht_act.json      LoopState: what LeRobot does not keep
+  005000/manifest.json      size and SHA-256 of every file above (integrity.py)
   last -> 005000            the newest
   best -> 005000            the best by evaluation
 """
 
+import errno
 import json
 import os
 import shutil
@@ -29,8 +31,13 @@ from safetensors import SafetensorError
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pusht_act.integrity import size_of, write_manifest
 from pusht_act.policy import Processors
+from pusht_act.retention import clear_leftovers, hide, link, linked
 from pusht_act.run_dir import OURS, Checkpoint, RunDir
+
+MARGIN = 1_000_000
+"""Bytes of a checkpoint beside its tensors, generously."""
 
 
 @dataclass
@@ -44,6 +51,10 @@ class LoopState:
     """Sums of the metrics since the last line that was logged, and their number."""
     best: dict[str, Any] | None = None
     """The best evaluation so far: {"step": int, "score": [pc_success, avg_max_reward]}."""
+    pending: int | None = None
+    """The step whose evaluation is under way."""
+    spare: list[int] = field(default_factory=list)
+    """Checkpoints written for their evaluation alone; each goes when that is over, unless it is the best."""
     wandb_run_id: str | None = None
 
 
@@ -64,11 +75,40 @@ def save(
     train_config: TrainPipelineConfig,
     record: dict[str, Any],
 ) -> Checkpoint:
-    """Write the checkpoint of `state.step` and point `last` at it; a crash leaves the old `last` and no half of one."""
+    """Write the checkpoint of `state.step` and point `last` at it; a crash leaves the old `last` and no half of one.
+
+    Raises:
+        OSError: there is no room for it or it cannot be written; what was there before is as it was.
+    """
     name = get_step_identifier(state.step, train_config.steps)
     final = run.checkpoints / name
     part = run.checkpoints / f".{name}.part"
-    shutil.rmtree(part, ignore_errors=True)
+    needed = 0
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(run)
+        needed = _bytes_needed(run, objects.policy)
+        if needed > shutil.disk_usage(run.checkpoints).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        _write(part, objects, state, train_config, record)
+        _replace(part, final)
+        _fsync(run.checkpoints)
+        link(run, "last", name)
+        _fsync(run.checkpoints)  # before others are removed
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(_cannot_save(final, error, needed)) from error
+    return Checkpoint(final / "pretrained_model")
+
+
+def _write(
+    part: Path,
+    objects: TrainingObjects,
+    state: LoopState,
+    train_config: TrainPipelineConfig,
+    record: dict[str, Any],
+) -> None:
+    """All files of a checkpoint, on the disk when this returns."""
     model, training = part / "pretrained_model", part / "training_state"
     model.mkdir(parents=True)
     objects.policy.save_pretrained(model)
@@ -85,27 +125,26 @@ def save(
         batch_size=train_config.batch_size,
     )
     (training / OURS).write_text(json.dumps(asdict(state), indent=2))
+    write_manifest(part)
     for path in [*part.rglob("*"), part]:
         _fsync(path)
-    _replace(part, final)
-    _fsync(run.checkpoints)
-    link(run, "last", name)
-    return Checkpoint(final / "pretrained_model")
 
 
-def mark_best(run: RunDir, checkpoint: Checkpoint, previous: Path | None) -> None:
-    """Point `best` at `checkpoint`; `previous`, if given, was kept for being best only and is removed."""
-    link(run, "best", checkpoint.directory.name)
-    if previous is not None and previous != checkpoint.directory:
-        shutil.rmtree(previous)
+def _bytes_needed(run: RunDir, policy: ACTPolicy) -> int:
+    """What a checkpoint takes: as much as the last one, and no less than weights and the optimizer's two moments."""
+    weights: int = sum(parameter.nbytes for parameter in policy.parameters())
+    last = linked(run, "last")
+    return max(3 * weights, size_of(last) if last is not None else 0) + MARGIN
 
 
-def link(run: RunDir, name: str, target: str) -> None:
-    """Switch the symbolic link `name` atomically."""
-    new = run.checkpoints / f".{name}.new"
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    new.replace(run.checkpoints / name)
+def _cannot_save(final: Path, error: Exception, needed: int) -> str:
+    reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
+    try:
+        free = f"{shutil.disk_usage(final.parent).free / 1e6:.1f} MB are free"
+    except OSError:
+        free = "its folder is not there"
+    takes = f", a checkpoint takes {needed / 1e6:.1f} MB" if needed else ""
+    return f"{final} cannot be saved ({reason}): {free}{takes}; make room or see that the folder can be written to"
 
 
 def load(checkpoint: Checkpoint, objects: TrainingObjects) -> LoopState:
@@ -135,14 +174,15 @@ def written_with(checkpoint: Checkpoint) -> tuple[int | None, int]:
 
 def _replace(part: Path, final: Path) -> None:
     """Move `part` to `final`, which may exist when a run was resumed from an earlier step."""
-    if not final.exists():
+    old = hide(final) if os.path.lexists(final) else None
+    try:
         part.rename(final)
-        return
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    final.rename(old)
-    part.rename(final)
-    shutil.rmtree(old)
+    except OSError:
+        if old is not None:
+            old.rename(final)
+        raise
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

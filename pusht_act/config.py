@@ -40,6 +40,25 @@ class ResumeConfig:
 
 
 @dataclass
+class CheckpointsConfig:
+    """How long checkpoints stay. `last` and `best` always do."""
+
+    keep_last: int = MISSING
+    """How many of the newest are kept; 0: all, as stock LeRobot does. The others are removed after each save."""
+    keep_every: int = MISSING
+    """Those at multiples of so many steps are kept for ever, beside the newest; 0: none."""
+
+
+@dataclass
+class TrainConfig:
+    """How training runs."""
+
+    profile: bool = MISSING
+    """Measure a few steps: a line says where their time goes, profile/trace.json in the run directory shows every
+    operation (chrome://tracing and ui.perfetto.dev open it). All steps then wait for the device after each part."""
+
+
+@dataclass
 class EvalConfig:
     """Rollouts in the environment, in training and in `mode=eval`."""
 
@@ -53,6 +72,12 @@ class EvalConfig:
     apart from each other and from 0..205, where the human demonstrations started."""
     n_videos: int = MISSING
     """Episodes written as mp4 (the first ones); a film strip shows the first."""
+    workers: int = MISSING
+    """Processes that the environments are stepped in; 1: this one; 0: one a core, fewer if a batch is small. Part of
+    the time, not of the numbers."""
+    background: bool = MISSING
+    """In training: evaluate a copy of the policy while training goes on; false: training waits. The numbers are the
+    same."""
 
 
 @dataclass
@@ -155,6 +180,8 @@ class Config:
     checkpoint: str | None = MISSING
     """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
@@ -179,11 +206,15 @@ POSITIVE = (
     *("scheduler.num_decay_steps", "dagger.rounds", "dagger.n_rollouts"),
 )
 NOT_NEGATIVE = (
-    *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed", "eval.n_videos"),
+    *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed"),
+    *("eval.n_videos", "eval.workers"),
+    *("checkpoints.keep_last", "checkpoints.keep_every"),
     *("demos.start_seed", "demos.workers", "dagger.start_seed", "dagger.workers"),
     *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
     *("optimizer.grad_clip_norm", "optimizer.eps", "scheduler.decay_lr"),
 )
+PROFILED_STEPS = 25
+"""Those that train.profile measures: the first of a run."""
 PLANNER_OPTIONS = ("coverage", "speed", "smoothness", "replan", "seed")
 """Fields of demos that mode=dagger asks its demonstrator for too; the others are mode=demos's alone."""
 TRAINING_AFRESH = (Mode.test, Mode.full, Mode.dagger)
@@ -247,6 +278,11 @@ def _check(config: Config, cfg: Any) -> None:
         raise ValueError(f"policy.n_obs_steps={config.policy['n_obs_steps']}: ACT looks at one step, leave it out")
     if config.policy.get("push_to_hub") and not config.save_checkpoint:
         raise ValueError("save_checkpoint=false leaves nothing for policy.push_to_hub=true to upload: give one of them")
+    if config.checkpoints.keep_every and not config.checkpoints.keep_last:
+        raise ValueError(
+            f"checkpoints.keep_every={config.checkpoints.keep_every}: all are kept with checkpoints.keep_last=0; "
+            "give checkpoints.keep_last=3, say, or leave it out"
+        )
     if config.wandb.mode not in WANDB_MODES:
         raise ValueError(f"wandb.mode={config.wandb.mode} is unknown: give online, offline or disabled")
     peak = config.scheduler.get("peak_lr", 1)
@@ -286,6 +322,8 @@ def _check_mode(config: Config) -> None:
     if config.mode in TRAINING_AFRESH and (given := {"input_features", "output_features"} & {*config.policy}):
         key = min(given)
         raise ValueError(f"policy.{key}={config.policy[key]}: features are taken from the data set, leave it out")
+    if config.mode in TRAINING_AFRESH and config.train.profile and config.steps < PROFILED_STEPS:
+        raise ValueError(f"steps={config.steps} are too few for train.profile=true: give {PROFILED_STEPS} or more")
     if config.mode is Mode.dagger:
         _check_dagger(config)
 

@@ -22,11 +22,13 @@ import numpy as np
 from filelock import FileLock, Timeout
 from lerobot.envs.configs import PushtEnv
 
-from pusht_act.config import Config, EvalConfig, Mode, plain
+from pusht_act.config import Config, Mode, plain
 from pusht_act.data import open_dataset
 from pusht_act.demos.labels import Decisions, kept_decisions, label_decisions, read_labels, save_decisions
 from pusht_act.demos.planner import PlannerOptions
+from pusht_act.environments import environments
 from pusht_act.evaluate import evaluate
+from pusht_act.integrity import damage
 from pusht_act.lerobot_config import LeRobotConfig, decode, decode_policy
 from pusht_act.policy import load_policy, load_processors
 from pusht_act.run_dir import (
@@ -121,13 +123,14 @@ def _checkpoint(run: Path, steps: int) -> Checkpoint:
 
 def _finished(job: Config) -> Checkpoint | None:
     checkpoint = _checkpoint(Path(job.output_dir), job.steps)
-    return checkpoint if checkpoint.model.is_dir() else None
+    return checkpoint if damage(checkpoint.directory) is None else None
 
 
 def _stopped_at(job: Config) -> Checkpoint | None:
-    """The last checkpoint of a round that was begun, if it got to one."""
+    """The last sound checkpoint of a round that was begun, if it got to one; the round may have gone on since."""
     run = RunDir(Path(job.output_dir))
-    return last_checkpoint(run) if (run.checkpoints / "last").exists() else None
+    begun = (run.checkpoints / "last").is_symlink() or any(path.name.isdigit() for path in run.checkpoints.glob("*"))
+    return last_checkpoint(run, job.steps, f"delete {run.path} to train it again") if begun else None
 
 
 def _prepared(job: Config, start: Checkpoint | None) -> tuple[LeRobotConfig, Setup]:
@@ -163,8 +166,9 @@ def _rolled_out(config: Config, env: PushtEnv, number: int) -> Decisions:
     policy_config = decode_policy({**saved, "device": config.policy.get("device", "auto")})
     policy, processors = load_policy(policy_config, checkpoint.model), load_processors(policy_config, checkpoint.model)
     count, first = config.dagger.n_rollouts, config.dagger.start_seed + (number - 1) * config.dagger.n_rollouts
-    seeds = EvalConfig(n_episodes=count, batch_size=config.eval.batch_size, start_seed=first, n_videos=0)
-    evaluation = evaluate(policy, processors, env, seeds, description="rolling out")
+    rollouts = dataclasses.replace(config.eval, n_episodes=count, start_seed=first, n_videos=0)
+    with environments(rollouts) as envs:
+        evaluation = evaluate(policy, processors, envs, env, rollouts, description="rolling out")
     log.info("%s: %s", checkpoint.directory, evaluation)
     return {
         episode.seed: np.array(states).reshape(-1, 7)

@@ -27,6 +27,8 @@ RENAMED = {
     "eval.seed": "eval.start_seed",
     "resume": "mode=resume",
     "config_path": "resume.path",
+    "checkpoint.keep_last": "checkpoints.keep_last",
+    "checkpoint.keep_every": "checkpoints.keep_every",
     "policy.path": "checkpoint (mode=eval), resume.path (mode=resume) or +policy.pretrained_path (fine-tuning)",
 }
 """Names of older LeRobots, of LeRobot's command line and of the ACT paper's code that many a script still has."""

@@ -16,7 +16,7 @@ OF_THE_COMMAND = {"mode", "steps", "output_dir", "overwrite", "print_lerobot_com
 """Root keys of a resumed run that the present command decides; all others are the checkpoint's."""
 OF_AN_EVALUATED_POLICY = {"policy", "env", "job_name"}
 """Root keys that mode=eval takes from the checkpoint; all others are the present command's."""
-OUR_SECTIONS = {"eval", "wandb", "demos", "dagger"}
+OUR_SECTIONS = {"checkpoints", "train", "eval", "wandb", "demos", "dagger"}
 """Typed by config.py; the others are LeRobot's, whose defaults are its own."""
 FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
 STOCK_ROOT = {

@@ -24,24 +24,29 @@ from pusht_act.config import (
     plain,
 )
 from pusht_act.inherit import inherit, parsed
+from pusht_act.integrity import EVERYTHING, MODEL
 from pusht_act.lerobot_command import lerobot_command
 from pusht_act.run_dir import (
     Checkpoint,
     RunDir,
+    check_sound,
     check_unused,
     command_line,
     find_checkpoint,
     last_checkpoint,
     log_file,
     move_aside,
+    newest_sound,
     write_provenance,
 )
+from pusht_act.vet import vet
 
 log = logging.getLogger(__name__)
 
 FREE_IN_DAGGER = (
-    *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "eval.n_videos", "wandb."),
-    *("dagger.rounds", "dagger.workers", "policy.push_to_hub", "policy.repo_id"),
+    *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "wandb.", "checkpoints.", "train.profile"),
+    *("eval.n_videos", "eval.workers", "eval.background", "dagger.rounds", "dagger.workers"),
+    *("policy.push_to_hub", "policy.repo_id"),
 )
 """Keys that a mode=dagger may go on with another value of: none decides what a round comes to."""
 
@@ -80,6 +85,7 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
     elif mode is Mode.resume:
         config_from(cfg)
         checkpoint, cfg.output_dir = _resumed(cfg, overrides)
+        vet(checkpoint.model)
         config = config_from(inherit(cfg, checkpoint, overrides, choices, resume=True))
         if checkpoint.step >= config.steps:
             raise ValueError(
@@ -113,6 +119,8 @@ def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
         trains = cfg.mode is Mode.resume or cfg.mode in TRAINING_AFRESH
         if section == "dagger" and cfg.mode is not Mode.dagger and not (name == "labels" and trains):
             raise ValueError(f"{key}={value} is for mode=dagger: give that too, or leave it out")
+        if section == "train" and not trains:
+            raise ValueError(f"{key}={value} is for training, which mode={cfg.mode.value} does not do: leave it out")
         if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
             raise ValueError(f"{key}={value}: give true or false")
     starts = OmegaConf.select(cfg, "demos.starts")
@@ -151,10 +159,11 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> tuple[Checkpoint, str]:
     if cfg.resume.path is None:
         return last_checkpoint(RunDir(Path(cfg.output_dir))), cfg.output_dir
     checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
+    check_sound(checkpoint, f"resume.path={cfg.resume.path}", EVERYTHING)
     output_dir = Path(cfg.output_dir) if given or checkpoint.run is None else checkpoint.run
     if checkpoint.run == output_dir.resolve():
-        last = last_checkpoint(RunDir(output_dir))
-        if last.step > checkpoint.step:
+        last, _ = newest_sound(RunDir(output_dir))
+        if last is not None and last.step > checkpoint.step:
             raise ValueError(
                 f"resume.path={cfg.resume.path} is at step {checkpoint.step}, its run went on to {last.step}: "
                 "give output_dir=NEW to branch off, or leave resume.path out to go on from the last"
@@ -168,10 +177,14 @@ def _found(name: str, key: str) -> Checkpoint:
     """The checkpoint that option `key` names: a path, or else a model on the Hub."""
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if Path(name).exists() or not looks_like_hub:
-        return find_checkpoint(name, key)
-    from pusht_act.hub import download
+        checkpoint = find_checkpoint(name, key)
+        check_sound(checkpoint, f"{key}={name}", MODEL)
+    else:
+        from pusht_act.hub import download
 
-    return Checkpoint(download(name, key))
+        checkpoint = Checkpoint(download(name, key))
+    vet(checkpoint.model)
+    return checkpoint
 
 
 def _train(config: Config, start: Checkpoint | None, overrides: list[str], choices: dict[str, str | None]) -> Result:
@@ -192,6 +205,8 @@ def _train(config: Config, start: Checkpoint | None, overrides: list[str], choic
         move_aside(run.path)
     write_provenance(run, plain(config), overrides)
     with log_file(run):
+        if start is not None:
+            log.info("going on from %s", start.directory)
         training = train(config, lerobot, setup, run, record)
     evaluation = training.evaluation
     if training.checkpoint is not None:
@@ -279,18 +294,21 @@ def _goes_on(config: Config, run: RunDir) -> bool:
 
 
 def _evaluate(config: Config, checkpoint: Checkpoint, overrides: list[str]) -> Result:
-    from pusht_act.evaluate import evaluate
-    from pusht_act.lerobot_config import decode_env, decode_policy
-    from pusht_act.policy import load_policy, load_processors
+    from pusht_act.environments import environments
 
-    policy_config = decode_policy(config.policy)
-    policy = load_policy(policy_config, checkpoint.model)
-    processors = load_processors(policy_config, checkpoint.model)
     step = checkpoint.step if checkpoint.training.is_dir() else 0
     given = any(override.startswith("output_dir=") for override in overrides)
     run = RunDir(Path(config.output_dir) if given or checkpoint.run is None else checkpoint.run)
     directory = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
-    evaluation = evaluate(policy, processors, decode_env(config.env), config.eval, directory=directory)
+    with environments(config.eval) as envs:  # their processes start while torch is imported
+        from pusht_act.evaluate import evaluate
+        from pusht_act.lerobot_config import decode_env, decode_policy
+        from pusht_act.policy import load_policy, load_processors
+
+        policy_config, env = decode_policy(config.policy), decode_env(config.env)
+        policy = load_policy(policy_config, checkpoint.model)
+        processors = load_processors(policy_config, checkpoint.model)
+        evaluation = evaluate(policy, processors, envs, env, config.eval, directory=directory)
     log.info("%s: %s", checkpoint.directory, evaluation)
     log.info("written to %s", directory)
     return Result(

@@ -7,7 +7,10 @@ data/**.parquet (one row a frame), videos/<key>/**.mp4 (several episodes one aft
 import hashlib
 import json
 import logging
+import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from pusht_act.cache import Allocate, Contents, Frames, cached
+from pusht_act.cores import cores
 
 log = logging.getLogger(__name__)
+
+PART = 1000
+"""Frames of a video file that one thread decodes at a time."""
 
 
 def open_frames(dataset: DatasetConfig) -> Frames:
@@ -72,20 +79,59 @@ def _from_hub(dataset: DatasetConfig) -> Path:
 def _read_info(root: Path) -> dict[str, Any]:
     path = root / "meta" / "info.json"
     try:
-        info: dict[str, Any] = json.loads(path.read_text())
+        info = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"dataset.root={root} holds no LeRobot data set (no meta/info.json): give dataset.root=PATH of one"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): fetch the data set again") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): fetch the data set again")
     version = info.get("codebase_version")
     if version != "v3.0":
         raise ValueError(
             f"dataset.root={root} has format {version}, this reads v3.0: convert it with "
             "python -m lerobot.scripts.convert_dataset_v21_to_v30"
         )
+    _check_names(path, info)
     return info
+
+
+def _check_names(path: Path, info: dict[str, Any]) -> None:
+    """What info.json names stays within the data set: a feature is a file of the cache, a template one of the data."""
+    features = info.get("features")
+    numbers = (info.get(key) for key in ("total_frames", "total_episodes", "fps"))
+    if not isinstance(features, dict) or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"{path} is damaged (no features, total_frames, total_episodes or fps): fetch it again")
+    for key, feature in features.items():
+        sound = isinstance(feature, dict) and {"dtype", "shape"} <= {*feature} and re.fullmatch(r"\w[\w. -]*", key)
+        if not sound:
+            raise ValueError(
+                f"{path}: feature {key[:60]!r} is no name with a dtype and a shape: fetch the data set again"
+            )
+    for key in ("data_path", "video_path"):
+        if info.get(key) is not None:
+            _within(path.parent.parent, info[key], key, video_key="x", chunk_index=0, file_index=0)
+
+
+def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
+    """The file that a template of info.json names.
+
+    Raises:
+        ValueError: it lies outside of `root` (by its name: the Hub's cache is made of links), or is no template.
+    """
+    try:
+        path: Path = root / template.format(**values)
+        inside = ".." not in path.relative_to(root).parts
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError):
+        inside = False
+    if not inside:
+        raise ValueError(
+            f"{root / 'meta' / 'info.json'}: {key}={str(template)[:80]!r} names no file within the data set: "
+            "fetch it from a source that you trust"
+        )
+    return path
 
 
 def _content_hash(root: Path) -> str:
@@ -148,28 +194,54 @@ def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.nd
     files: dict[Path, list[tuple[int, float]]] = {}  # file -> (frame of the data set, its time in the file)
     for row in rows:
         start, stop, chunk, file = (row[name] for name in names)
-        path = root / info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+        path = _within(root, info["video_path"], "video_path", video_key=key, chunk_index=chunk, file_index=file)
         times = row[f"{prefix}/from_timestamp"] + timestamps[start:stop]
         files.setdefault(path, []).extend(zip(range(start, stop), times.tolist(), strict=True))
-    with tqdm(total=len(out), desc=f"decoding {key}", unit="frame", disable=None) as progress:
-        for path, wanted in files.items():
-            wanted.sort(key=lambda item: item[1])
-            tolerance = 0.5 / info["fps"]
-            frames = _video_frames(path)
-            for index, time in wanted:
-                image = next((image for at, image in frames if at > time - tolerance), None)
-                if image is None:
-                    raise ValueError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
-                out[index] = image.transpose(2, 0, 1)
-                progress.update()
+    # FFmpeg's own threads share out the decoding alone, which is a third of the work.
+    parts = [(path, part) for path, wanted in files.items() for part in _parts(wanted)]
+    stop = threading.Event()
+    with (
+        tqdm(total=len(out), desc=f"decoding {key}", unit="frame", disable=None) as progress,
+        ThreadPoolExecutor(cores()) as pool,
+    ):
+        try:
+            jobs = [pool.submit(_decode_part, path, part, 0.5 / info["fps"], out, stop) for path, part in parts]
+            for job in as_completed(jobs):
+                progress.update(job.result())
+        finally:
+            stop.set()  # nobody waits for the others when one has failed
 
 
-def _video_frames(path: Path) -> Iterator[tuple[float, np.ndarray]]:
-    """(time in seconds, picture uint8 [H, W, 3]) of every frame in order."""
+def _parts(wanted: list[tuple[int, float]]) -> Iterator[list[tuple[int, float]]]:
+    """`wanted` of one file in the order of time, in stretches long against the way from one key frame to the next."""
+    wanted.sort(key=lambda item: item[1])
+    for start in range(0, len(wanted), PART):
+        yield wanted[start : start + PART]
+
+
+def _decode_part(
+    path: Path, wanted: list[tuple[int, float]], tolerance: float, out: np.ndarray, stop: threading.Event
+) -> int:
+    """Decode the frames `wanted` of a file into `out`; returns their number."""
+    frames = _video_frames(path, wanted[0][1] - tolerance)
+    for index, time in wanted:
+        image = next((image for at, image in frames if at > time - tolerance), None)
+        if image is None:
+            raise ValueError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
+        out[index] = image.transpose(2, 0, 1)
+        if stop.is_set():
+            break
+    return len(wanted)
+
+
+def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]]:
+    """(time in seconds, picture uint8 [H, W, 3]) of every frame in order, from the key frame before `start` s on."""
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = 1
+            if start > 0 and stream.time_base is not None:
+                container.seek(int(start / stream.time_base), stream=stream)
             for frame in container.decode(stream):
                 if frame.pts is not None and stream.time_base is not None:
                     yield float(frame.pts * stream.time_base), frame.to_ndarray(format="rgb24")

@@ -65,29 +65,47 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ...}, each step's group once."""
+    """metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ...}, each step's group once.
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    The line of an evaluation in the background comes after those of later steps. What a full disk does not take is
+    kept, and written when it does.
+    """
+
+    def __init__(self, path: Path, resumed_at: int, pending: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _rewind(path, resumed_at)
-        self._file = path.open("a")
+        _rewind(path, resumed_at, pending)
+        self._file = path.open("ab", buffering=0)  # a buffer that could not be written would be lost on closing
+        self._unwritten = b""
 
     def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        unwritten = self._unwritten
+        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        try:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not unwritten:
+                log.warning("%s cannot be written (%s): its lines wait", self._file.name, error.strerror)
 
     def close(self, failed: bool = False) -> None:  # noqa: ARG002, D102
+        try:
+            self._file.write(self._unwritten)
+        except OSError as error:
+            log.warning("%s lacks its last lines (%s)", self._file.name, error.strerror)
         self._file.close()
 
 
-def _rewind(path: Path, step: int) -> None:
-    """Drop lines past `step`, which the resumed run writes again, and a last line cut short by a crash."""
+def _rewind(path: Path, resumed_at: int, pending: int | None) -> None:
+    """Drop what the resumed run writes again, lines past its step and the evaluation that is `pending`; torn ones too.
+
+    That evaluation may have been logged between its run's last checkpoint and its end.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            if values["step"] <= resumed_at and not (values["step"] == pending and "eval/pc_success" in values):
                 kept.append(line + "\n")
         except ValueError:
             continue
@@ -97,7 +115,10 @@ def _rewind(path: Path, step: int) -> None:
 
 
 class Wandb:
-    """A W&B run; what keeps it from its server puts it offline, and never stops the training or asks anything."""
+    """A W&B run; what keeps it from its server puts it offline, and never stops the training or asks anything.
+
+    Its rows are the lines of metrics.jsonl; steps that a resumed run does again are there twice.
+    """
 
     def __init__(self, config: Config, run: RunDir, run_id: str | None) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # its own banner; what matters is logged below
@@ -128,9 +149,12 @@ class Wandb:
             log.info("W&B: %s, so the run is kept here; `wandb sync %s/wandb/offline-run-*` sends it", reason, run.path)
             self._run = wandb.init(**options, mode="offline")
         self.run_id: str = self._run.id
+        # W&B's own step only goes up; an evaluation in the background comes after later steps.
+        self._run.define_metric("train/*", step_metric="step")
+        self._run.define_metric("eval/*", step_metric="step")
 
     def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
-        self._run.log(values, step=step)
+        self._run.log({"step": step, **values})
 
     def close(self, failed: bool) -> None:  # noqa: D102
         self._run.finish(exit_code=int(failed))
@@ -158,9 +182,11 @@ def _unreachable(api: Any) -> str | None:
 class Metrics:
     """All sinks of a run, as a context manager."""
 
-    def __init__(self, config: Config, run: RunDir, resumed_at: int, wandb_run_id: str | None) -> None:
+    def __init__(
+        self, config: Config, run: RunDir, resumed_at: int, wandb_run_id: str | None, pending: int | None = None
+    ) -> None:
         self.wandb_run_id = wandb_run_id
-        self._sinks: list[Sink] = [JsonLines(run.metrics, resumed_at)]
+        self._sinks: list[Sink] = [JsonLines(run.metrics, resumed_at, pending)]
         if config.wandb.enable and _wandb_mode(config) != "disabled":
             wandb = Wandb(config, run, wandb_run_id)
             self.wandb_run_id = wandb.run_id

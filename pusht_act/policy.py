@@ -15,12 +15,19 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.act.processor_act import make_act_pre_post_processors
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor.pipeline import ProcessorMigrationError
 from lerobot.utils.constants import ACTION, OBS_IMAGES
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+DAMAGED = (
+    *(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    ProcessorMigrationError,
+)
+"""What LeRobot raises at a processor's files that are missing, damaged or not its own."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def load_processors(config: ACTConfig, directory: Path) -> Processors:
     device = {"device_processor": {"device": config.device}}
     try:
         return Processors(*make_pre_post_processors(config, str(directory), preprocessor_overrides=device))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory}: the processors are missing or damaged ({reason})") from error
 

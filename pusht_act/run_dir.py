@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from pusht_act.integrity import MANIFEST, damage, differs
+
 log = logging.getLogger(__name__)
 
 PACKAGES = ("pusht-act", "lerobot", "torch", "torchvision", "gym-pusht", "pymunk", "hydra-core", "numpy", "av", "wandb")
@@ -149,15 +151,57 @@ def find_checkpoint(path: str, key: str) -> Checkpoint:
     raise FileNotFoundError(f"{key}={path} does not exist: give a checkpoint of a run, such as .../checkpoints/last")
 
 
-def last_checkpoint(run: RunDir) -> Checkpoint:
-    """`last` of a run.
+def check_sound(checkpoint: Checkpoint, key: str, files: tuple[str, ...]) -> None:
+    """A checkpoint that the user has named is the one written, in those of its `files` that are needed, or refused.
+
+    Raises:
+        ValueError: a file is missing or damaged; `key` names the option in the message.
+    """
+    if checkpoint.model.name == "pretrained_model" and (wrong := differs(checkpoint.directory, files)):
+        raise ValueError(
+            f"{key}: {checkpoint.directory}/{wrong}; give another checkpoint "
+            f"(or delete its {MANIFEST} if you changed the file yourself)"
+        )
+
+
+def newest_sound(run: RunDir, most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """`last` of a run or, where that is damaged, its newest sound checkpoint; and what is wrong with those before it.
+
+    Only those of step `most` and before are looked at.
+    """
+    link, wrong = run.checkpoints / "last", []
+    target = Path(os.path.realpath(link))  # resolve() raises at a link to itself
+    steps = [path for path in run.checkpoints.glob("*") if path.name.isdigit()]
+    others = sorted((path for path in steps if path.resolve() != target), key=lambda path: int(path.name), reverse=True)
+    if not link.exists() and (steps or link.is_symlink()):
+        wrong.append(f"{link} points to {target.name}, which is missing" if link.is_symlink() else f"{link} is missing")
+    for path in [*([target] if link.exists() else []), *others]:
+        if most is not None and path.name.isdigit() and int(path.name) > most:
+            continue
+        if (found := damage(path)) is None:
+            return Checkpoint(path.resolve() / "pretrained_model"), wrong
+        wrong.append(f"{path}: {found}")
+    return None, wrong
+
+
+def last_checkpoint(
+    run: RunDir,
+    most: int | None = None,
+    remedy: str = "name one elsewhere with resume.path=, or start afresh with overwrite=true",
+) -> Checkpoint:
+    """`last` of a run or, with a warning, the newest sound one; of step `most` or before.
 
     Raises:
         FileNotFoundError: nothing to resume.
+        ValueError: there are checkpoints, none of them sound.
     """
-    model = run.checkpoints / "last" / "pretrained_model"
-    if (model / "config.json").is_file():
-        return Checkpoint(model.parent.resolve() / model.name)
+    sound, wrong = newest_sound(run, most)
+    if sound is None and wrong:
+        raise ValueError(f"no checkpoint in {run.checkpoints} is sound ({'; '.join(wrong)}): {remedy}")
+    if sound is not None:
+        if wrong:
+            log.warning("%s; going on from step %d instead, %s", "; ".join(wrong), sound.step, sound.directory)
+        return sound
     others = sorted(str(p.parent.parent) for p in run.path.parent.glob("*/checkpoints/last"))
     hint = f"; there is {', '.join(others)} (give output_dir=)" if others else ""
     raise FileNotFoundError(
@@ -175,9 +219,6 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
         raise OSError(
             f"output_dir={run.path} cannot be made ({error.strerror}): give output_dir= where you may write"
         ) from error
-    part = run.path / ".config.yaml.part"
-    part.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-    part.replace(run.path / "config.yaml")
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(overrides),
@@ -186,8 +227,16 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    with (run.path / "runs.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    part = run.path / ".config.yaml.part"
+    try:
+        part.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+        part.replace(run.path / "config.yaml")
+        with (run.path / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise OSError(
+            f"output_dir={run.path} cannot be written to ({error.strerror}): make room, or give another output_dir="
+        ) from error
 
 
 @contextmanager

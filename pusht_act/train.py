@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lerobot.configs.train import TrainPipelineConfig
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from torch import Tensor
@@ -27,7 +28,8 @@ from pusht_act.data import (
     policy_features,
     split_episodes,
 )
-from pusht_act.evaluate import Evaluation, evaluate
+from pusht_act.evaluate import Evaluation
+from pusht_act.evaluations import Evaluations, due, evaluating, unevaluated
 from pusht_act.lerobot_config import LeRobotConfig, train_pipeline_config
 from pusht_act.metrics import Metrics, Window
 from pusht_act.policy import (
@@ -41,6 +43,8 @@ from pusht_act.policy import (
     make_processors,
     reapply_options,
 )
+from pusht_act.profiling import profiling
+from pusht_act.retention import prune
 from pusht_act.run_dir import Checkpoint, RunDir
 from pusht_act.seeding import seed_initialisation, seed_training_noise
 
@@ -69,6 +73,8 @@ class Setup:
     held_out: Tensor
     """Frame numbers of the validation samples; empty without dataset.eval_split."""
     state: LoopState
+    unevaluated: Path | None = None
+    """The weights of step `state.pending`, whose evaluation was cut short."""
 
 
 def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> Setup:
@@ -113,7 +119,8 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
         f" ({len(eval_episodes)} episodes held out)" if eval_episodes else "",
         sum(p.numel() for p in policy.parameters()) / 1e6, lerobot.policy.device,
     )  # fmt: skip
-    return Setup(objects, data, order, held_out, state)
+    cut_short = unevaluated(start, state, config.steps) if start is not None else None
+    return Setup(objects, data, order, held_out, state, cut_short)
 
 
 def _check_fits(model: Path, policy: ACTConfig, repo_id: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
@@ -180,52 +187,56 @@ def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, rec
 
     Raises:
         ValueError: the loss is no longer finite.
+        OSError: the last checkpoint cannot be written; one before that fails is a warning.
     """
     objects, state, order = setup.objects, setup.state, setup.order
     policy, processors = objects.policy, objects.processors
-    window, saved, evaluation = Window(state.window), None, None
+    window, saved = Window(state.window), None
     means: dict[str, float] = {}
-    with Metrics(config, run, state.step, state.wandb_run_id) as metrics, _Progress(config, state.step) as progress:
+    with (
+        Metrics(config, run, state.step, state.wandb_run_id, state.pending) as metrics,
+        _Progress(config, state.step) as progress,
+        profiling(config.train.profile, run, objects) as profile,
+        evaluating(config, lerobot.env, objects, state, run, metrics) as evaluations,
+    ):
         state.wandb_run_id = metrics.wandb_run_id
         train_config = train_pipeline_config(config, lerobot, state.wandb_run_id)
+        if setup.unevaluated is not None:
+            evaluations.begin_again(setup.unevaluated)
         for step in range(state.step + 1, config.steps + 1):
             began = time.perf_counter()
             batch = processors.pre(setup.data.batch(order.next_batch(config.batch_size)))
             fetched = time.perf_counter()
+            profile.end("data")
             losses = train_step(objects, batch, lerobot.optimizer.grad_clip_norm)
+            profile.end("optimizer")
             window.add({**losses, "dataloading_s": fetched - began})
             progress.update(time.perf_counter() - began)
 
             last = step == config.steps
-            if _due(step, config.log_freq) or last:
+            if due(step, config.log_freq) or last:
                 means = {**window.means(), "lr": objects.optimizer.param_groups[0]["lr"]}
                 window.check_finite(step)
                 metrics.log("train", {**means, "samples_per_s": progress.rate * config.batch_size}, step)
                 progress.report(step, means)
                 window = Window()
-            if _due(step, config.eval_steps):
+            profile.end("logging")
+            if due(step, config.eval_steps):
                 loss = validation_loss(policy, processors, setup.data, setup.held_out, config.batch_size)
                 metrics.log("eval", {"loss": loss}, step)
                 log.info("step %d: validation loss %.4f", step, loss)
-            former_best = state.best
-            if _due(step, config.eval_freq) or (last and config.eval_freq):
-                directory = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
-                evaluation = evaluate(
-                    policy, processors, lerobot.env, config.eval, directory=directory, description=f"evaluating {step}"
-                )
-                metrics.log("eval", evaluation.metrics, step)
-                log.info("step %d: %s", step, evaluation)
-                if former_best is None or list(evaluation.score) > former_best["score"]:
-                    state.best = {"step": step, "score": list(evaluation.score)}
-            is_best = state.best is not former_best
-            if config.save_checkpoint and (_due(step, config.save_freq) or last or is_best):
+            evaluates = due(step, config.eval_freq) or (last and config.eval_freq > 0)
+            evaluations.collect(wait=evaluates or last)
+            if evaluates:
+                evaluations.begin(step)
+            profile.end("eval")
+            saves = due(step, config.save_freq) or last or evaluations.wants_checkpoint(step)
+            if config.save_checkpoint and saves:
                 window.check_finite(step)
                 state.step, state.sampler, state.window = step, order.state_dict(), window.sums()
-                saved = checkpoints.save(run, objects, state, train_config, record)
-                log.info("step %d: saved %s", step, saved.directory)
-                if is_best:
-                    checkpoints.mark_best(run, saved, _kept_for_being_best(config, run, former_best))
-    return Training(config.steps, means, saved, evaluation)
+                saved = _save(config, run, objects, state, train_config, record, evaluations) or saved
+            profile.end_step("saving")
+    return Training(config.steps, means, saved, evaluations.newest)
 
 
 def validation_loss(
@@ -239,16 +250,32 @@ def validation_loss(
     return float(torch.stack(losses).mean())
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _save(
+    config: Config,
+    run: RunDir,
+    objects: TrainingObjects,
+    state: LoopState,
+    train_config: TrainPipelineConfig,
+    record: dict[str, Any],
+    evaluations: Evaluations,
+) -> Checkpoint | None:
+    """The checkpoint of `state`, saved; None, with a warning, where that fails and a later save can try again.
 
-
-def _kept_for_being_best(config: Config, run: RunDir, best: dict[str, Any] | None) -> Path | None:
-    """The folder of the former best if no save_freq asked for it: a long run must not fill the disk with them."""
-    link = run.checkpoints / "best"
-    if best is None or _due(best["step"], config.save_freq) or not link.is_symlink():
+    Raises:
+        OSError: the run's last checkpoint cannot be written.
+    """
+    try:
+        saved = checkpoints.save(run, objects, state, train_config, record)
+    except OSError as error:
+        if state.step == config.steps:
+            raise
+        log.warning("step %d: %s; training goes on and the next save tries again", state.step, error)
+        evaluations.not_saved(state.step)
         return None
-    return link.resolve()
+    log.info("step %d: saved %s", state.step, saved.directory)
+    evaluations.saved()
+    prune(run, config.checkpoints, state.pending)
+    return saved
 
 
 class _Progress:

@@ -25,7 +25,8 @@ from pusht_act.demos.frames import open_demos, with_labels
 from pusht_act.demos.labels import Label, kept_decisions, label_decisions, read_labels, save_decisions
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.demos.replay import make_env, replay, reset_to
-from pusht_act.evaluate import Environments, rollout
+from pusht_act.environments import Here
+from pusht_act.evaluate import rollout, task_of
 from pusht_act.job import Result
 from tests.conftest import TINY
 from tests.test_evaluate import policy_for
@@ -136,7 +137,7 @@ def test_a_state_of_a_decision_is_all_that_the_environment_needs_to_go_on() -> N
 
         def reset(self) -> None: ...
 
-    result = rollout(Replay(), processors, Environments(env, None, 2), seeds=[made.start, 7], max_steps=300)
+    result = rollout(Replay(), processors, Here(), task_of(env, policy.config), seeds=[made.start, 7])
     solved, other = result.decisions
     assert len(solved) == -(-result.episodes[0].steps // 20)
     assert len(other) == 15

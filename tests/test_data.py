@@ -14,6 +14,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.sampler import EpisodeAwareSampler, compute_sampler_state
 
+from pusht_act import lerobot_dataset
 from pusht_act.cache import Frames, cache_root
 from pusht_act.data import ResidentData, SampleOrder, normalization_stats, split_episodes
 from pusht_act.lerobot_dataset import open_frames
@@ -50,6 +51,15 @@ def test_batches_equal_lerobots_samples(kind: str, request: pytest.FixtureReques
         sample = stock[i]
         for key, values in batch.items():
             assert torch.equal(values[i], sample[key]), (key, i)
+
+
+def test_a_video_decoded_in_parts_is_the_same(
+    image_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_frames(config(image_dataset)).arrays["observation.image"]
+    monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path))
+    monkeypatch.setattr(lerobot_dataset, "PART", 7)
+    assert np.array_equal(open_frames(config(image_dataset)).arrays["observation.image"], whole)
 
 
 @pytest.mark.parametrize("name", ["pusht", "pusht_keypoints"])

@@ -61,6 +61,8 @@ REFUSED_AT_ONCE = [
     # sizes
     *((f"{key}=0", f"{key}=0", "give 1 or more") for key in ("steps", "batch_size", "eval.n_episodes")),
     *((f"{key}=-1", f"{key}=-1", "give 0 or more") for key in ("seed", "eval_freq", "save_freq", "eval.n_videos")),
+    *((f"checkpoints.{key}=-1", f"checkpoints.{key}=-1", "give 0 or more") for key in ("keep_last", "keep_every")),
+    ("eval.workers=-1", "eval.workers=-1", "give 0 or more"),
     ("policy.chunk_size=0", "policy.chunk_size=0", "give 1 or more"),
     ("policy.n_action_steps=-4", "policy.n_action_steps=-4", "give 1 or more"),
     ("policy.optimizer_lr=-1", "policy.optimizer_lr=-1", "give 0 or more"),
@@ -77,6 +79,9 @@ REFUSED_AT_ONCE = [
     # options that would do nothing
     ("resume.path=x", "resume.path=x", "mode=resume"),
     ("checkpoint=x", "checkpoint=x", "mode=eval"),
+    ("checkpoints.keep_every=5", "checkpoints.keep_every=5", "checkpoints.keep_last=3"),
+    ("keep_last=5", "keep_last", "did you mean checkpoints.keep_last?"),
+    ("checkpoint.keep_last=5", "checkpoint.keep_last", "did you mean checkpoints.keep_last?"),
     ("dataset=demos dataset.root=/data", "dataset.root=/data", "dataset=pusht"),
     *(
         (f"demos.{given}", f"demos.{given} is for mode=demos: give", "leave it out")

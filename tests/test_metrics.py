@@ -83,6 +83,16 @@ def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(
     assert [line["step"] for line in lines(path)] == [step for step in steps if step <= resumed_at]
 
 
+def test_a_resume_drops_the_evaluation_that_it_does_again_and_nothing_else_of_its_step(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path / "metrics.jsonl", resumed_at=0)
+    logged = [(1, "eval/pc_success"), (2, "train/loss"), (2, "eval/loss"), (3, "train/loss"), (2, "eval/pc_success")]
+    for step, key in logged:
+        sink.log({key: 0.0}, step)
+    sink.close()
+    JsonLines(tmp_path / "metrics.jsonl", resumed_at=3, pending=2).close()
+    assert [(line["step"], list(line)[1]) for line in lines(tmp_path / "metrics.jsonl")] == logged[:-1]
+
+
 def test_bytes_that_a_power_cut_left_behind_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "train/loss": 1.0}\n{"step": 2, "tra\x00\x00\xff\xfe')
@@ -152,9 +162,21 @@ def test_wandb_keeps_an_offline_run_and_a_resume_continues_it(tmp_path: Path, no
     assert len(files) == 2
     assert {path.stem for path in files} == {f"run-{state['wandb_run_id']}"}
     rows = [history(path) for path in files]
-    assert [[row["_step"] for row in part if "train/loss" in row] for part in rows] == [[1, 2, 3, 4], [5, 6]]
+    assert [[row["step"] for row in part if "train/loss" in row] for part in rows] == [[1, 2, 3, 4], [5, 6]]
     logged = {row["step"]: row["train/loss"] for row in lines(run / "metrics.jsonl")}
-    assert {row["_step"]: row["train/loss"] for part in rows for row in part} == logged
+    assert {row["step"]: row["train/loss"] for part in rows for row in part} == logged
+
+
+def test_a_result_that_comes_late_is_drawn_at_its_own_step(tmp_path: Path, nobody: None) -> None:
+    logged = [("train", 2), ("train", 3), ("eval", 2), ("train", 4), ("eval", 4)]
+    with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
+        for group, step in logged:
+            metrics.log(group, {"value": float(step)}, step)
+    rows = [{key: value for key, value in row.items() if key[0] != "_"} for row in history(offline_runs(tmp_path)[0])]
+    assert rows == [{"step": step, f"{group}/value": step} for group, step in logged]
+    axes = {record.metric.glob_name or record.metric.name: record.metric.step_metric
+            for record in records(offline_runs(tmp_path)[0]) if record.HasField("metric")}  # fmt: skip
+    assert axes.items() >= {("train/*", "step"), ("eval/*", "step")}
 
 
 def test_a_resume_without_wandb_keeps_the_run_for_a_later_one(tmp_path: Path, nobody: None) -> None:

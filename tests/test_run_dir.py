@@ -36,6 +36,9 @@ def write_run(path: Path, *steps: int) -> Path:
         (folder / "training_state").mkdir()
         (folder / "pretrained_model" / "config.json").write_text("{}")
         (folder / "training_state" / "training_step.json").write_text(json.dumps({"step": step}))
+        (folder / "training_state" / "optimizer_param_groups.json").write_text("[]")
+        for name in ("pretrained_model/model", "training_state/rng_state", "training_state/optimizer_state"):
+            (folder / f"{name}.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (path / "checkpoints" / "last").symlink_to(f"{steps[-1]:06d}")
     return path
 

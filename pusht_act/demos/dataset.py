@@ -11,7 +11,6 @@ Killed at any moment, the same command goes on; an output_dir with a data set in
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 
 from pusht_act.config import Config
+from pusht_act.cores import cores
 from pusht_act.demos.card import card, push
 from pusht_act.demos.collect import collect, options_key
 from pusht_act.demos.demonstrator import Demonstration
@@ -72,7 +72,7 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
             "demos.start_seed=%d: evaluation resets with seeds from 100,000 and 200,000 up; a policy must not be "
             "evaluated on starts that it was trained on", config.demos.start_seed,
         )  # fmt: skip
-    workers = config.demos.workers or _cores()
+    workers = config.demos.workers or cores()
     with _work_folder(target, options) as work:
         check_unused(target, config.overwrite)  # another process may have finished it since this one started
         write_provenance(RunDir(work), {**dataclasses.asdict(config), "mode": config.mode.value}, overrides)
@@ -101,11 +101,6 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
     if config.demos.push_to_hub:
         log.info("pushed to %s", push(target, config, figures, command_line(overrides)))
     return Written(Path(config.output_dir), figures, Path(config.output_dir) / "episode-0.mp4")
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_room(target: Path, count: int, image: bool) -> None:

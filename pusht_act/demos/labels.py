@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 from tqdm import tqdm
 
+from pusht_act.cores import cores
 from pusht_act.demos.collect import tie_to_parent
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.demonstrator import label
@@ -80,7 +81,7 @@ def label_decisions(
     Raises:
         OSError: the disk is full, or the system killed a worker.
     """
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers = workers or cores()
     missing = [seed for seed in decisions if _kept(folder, seed) is None]
     total = sum(map(len, decisions.values()))
     done = total - sum(len(decisions[seed]) for seed in missing)

@@ -1,0 +1,181 @@
+"""Environments in worker processes: the same bits as in this one, none left behind, none that hangs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lerobot.envs.configs import PushtEnv
+
+import pusht_act
+from pusht_act import environments as module
+from pusht_act.config import EvalConfig
+from pusht_act.environments import Environments, Here, Workers, environments
+from pusht_act.evaluate import Rollout, rollout, task_of
+from pusht_act.job import Result
+from tests.conftest import TINY
+from tests.test_evaluate import policy_for
+
+Tiny = Callable[..., Result]
+KINDS = ["pixels_agent_pos", "environment_state_agent_pos"]
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Workers]:
+    workers = Workers(2)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Workers]:
+    workers = Workers(3)
+    yield workers
+    workers.close()
+
+
+def rolled_out(envs: Environments, kind: str, seeds: list[int], **options: Any) -> Rollout:
+    env = PushtEnv(obs_type=kind, episode_length=15)
+    policy, processors = policy_for(env, **options)
+    return rollout(policy, processors, envs, task_of(env, policy.config), seeds=seeds, n_recorded=2)
+
+
+def assert_same_bits(a: Rollout, b: Rollout) -> None:
+    assert a.episodes == b.episodes
+    for key in ("actions", "decisions", "frames"):
+        first, second = getattr(a, key), getattr(b, key)
+        assert len(first) == len(second)
+        for each, other in zip(first, second, strict=True):
+            np.testing.assert_array_equal(np.stack(each), np.stack(other), strict=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_number_of_workers_changes_no_bit(kind: str, two: Workers, three: Workers) -> None:
+    """Nor does what a worker did before: here a batch of another size, and other observations."""
+    for seeds in ([50, 51, 52, 53, 54], [60, 61]):
+        here = rolled_out(Here(), kind, seeds)
+        assert [len(frames) for frames in here.frames] == [16, 16]
+        for workers in (two, three):
+            assert_same_bits(here, rolled_out(workers, kind, seeds))
+
+
+def test_an_action_for_each_look_works_in_workers_too(two: Workers) -> None:
+    ensembling = {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}
+    here = rolled_out(Here(), KINDS[1], [7, 8, 9], **ensembling)
+    assert len(here.actions) == 15
+    assert_same_bits(here, rolled_out(two, KINDS[1], [7, 8, 9], **ensembling))
+
+
+def test_an_environment_forgets_the_episode_before() -> None:
+    used = Here()
+    rolled_out(used, KINDS[1], [1, 2, 3])
+    assert_same_bits(rolled_out(Here(), KINDS[1], [4, 5]), rolled_out(used, KINDS[1], [4, 5]))
+
+
+def test_a_worker_has_neither_torch_nor_lerobot() -> None:
+    code = (
+        "import sys; from pusht_act.environments import Here, Task; import numpy as np; here = Here();"
+        "here.reset(Task('gym_pusht/PushT-v0', {}, 'pixels_agent_pos', 9), [1], [True]);"
+        "here.carry_out(np.ones((1, 2, 2), np.float32));"
+        "print({'torch', 'lerobot'} & set(sys.modules))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines()[-1] == "set()"
+
+
+def gone(pid: int) -> bool:
+    """Within ten seconds; a process that nobody has waited for is gone too."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_ctrl_c_is_not_for_workers_and_one_that_is_killed_is_an_error_of_one_line() -> None:
+    workers = Workers(2)
+    rolled_out(workers, KINDS[1], [1, 2])
+    for process in workers._processes:
+        process.send_signal(signal.SIGINT)
+    rolled_out(workers, KINDS[1], [1, 2])
+    workers._processes[1].kill()
+    with pytest.raises(OSError, match=r"^a process of the evaluation was killed, .*a smaller eval.workers") as caught:
+        rolled_out(workers, KINDS[1], [1, 2])
+    assert "\n" not in str(caught.value)
+    workers.close()
+    assert all(gone(process.pid) for process in workers._processes)
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    code = (
+        "from pusht_act.environments import Workers; import time; workers = Workers(2);"
+        "print(*(process.pid for process in workers._processes), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(pids) == 2
+        os.kill(parent.pid, signal.SIGKILL)
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of workers that were asked for."""
+    counts: list[int] = []
+
+    class Counted(Here):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            counts.append(count)
+
+    monkeypatch.setattr(module, "Workers", Counted)
+    monkeypatch.setattr(module, "cores", lambda: 4)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("n_episodes", "batch_size", "workers", "processes"),
+    [(50, 50, 0, [4]), (500, 12, 0, [2]), (9, 50, 0, []), (9, 50, 3, [3]), (2, 50, 3, [2]), (500, 50, 1, [])],
+)
+def test_how_many_workers_there_are(
+    n_episodes: int, batch_size: int, workers: int, processes: list[int], started: list[int]
+) -> None:
+    config = EvalConfig(n_episodes=n_episodes, batch_size=batch_size, start_seed=0, n_videos=0, workers=workers)
+    with environments(config):
+        assert started == processes
+    with environments(config, needed=False):
+        assert started == processes
+
+
+def test_a_run_and_an_evaluation_start_their_workers_once(tiny: Tiny, started: list[int]) -> None:
+    run = tiny("eval_freq=2", "eval.workers=2").output_dir
+    assert started == [2]
+    pusht_act.run(["mode=eval", f"checkpoint={run}", "eval.n_episodes=4", "eval.batch_size=3", "eval.workers=3"])
+    assert started == [2, 3]
+    tiny("overwrite=true", "eval.workers=2", "eval_freq=0")
+    assert started == [2, 3], "no evaluation, no workers"
+
+
+def test_rollouts_of_dagger_have_workers_too(tmp_path: Path, started: list[int]) -> None:
+    options = ("mode=dagger", "dagger.rounds=1", "dagger.n_rollouts=3", "dagger.workers=1", "eval_freq=0")
+    pusht_act.run([*TINY, *options, "eval.workers=2", f"output_dir={tmp_path / 'run'}"])
+    assert started == [2]
+
+
+def test_closed_environments_carry_nothing_out() -> None:
+    here = Here()
+    env = PushtEnv(obs_type=KINDS[1])
+    here.reset(task_of(env, policy_for(env)[0].config), [1], [False])
+    here.close()
+    with pytest.raises(OSError, match="closed"):
+        here.carry_out(np.ones((1, 2, 2), np.float32))
