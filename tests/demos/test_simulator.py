@@ -79,6 +79,9 @@ def test_twenty_steps_of_random_pushes_equal_pymunk(
     x, y = agent_in_block_frame(state)
     # A reset may put the agent's centre into the block, where two contacts fight and the solver's order decides.
     assume(not any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in RECTANGLES))
+    # Level with a side to the last bit, which round numbers can be, it touches a face and a corner alike; Chipmunk then
+    # takes one or the other, and what follows is 1 to 80 px off. 0.01 px away from that they agree to 1e-12.
+    assume(all(min(abs(x - x0), abs(x - x1), abs(y - y0), abs(y - y1)) > 1e-9 for x0, y0, x1, y1 in RECTANGLES))
     with pytest.MonkeyPatch.context() as patch:
         without_shapely(patch)
         reset_to(ENV, (*agent, *block))
