@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -184,11 +185,18 @@ def test_a_sweep_goes_where_it_is_told(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pusht_act", *TINY, "steps=1000000", f"output_dir={tmp_path / 'run'}"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=os.environ)
+    # A job that a shell puts in the background is born with SIGINT ignored, and so are its children.
+    process = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (one thread at this point)
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "step 3/" in line:
-            process.send_signal(2)
+            process.send_signal(signal.SIGINT)
             break
     rest = process.stderr.read()
     assert process.wait(60) == 130
