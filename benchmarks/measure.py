@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pusht_act.cores import cores
 from pusht_act.run_dir import git_commit, package_versions
 
 HERE = Path(__file__).parent
@@ -203,7 +204,7 @@ def machine() -> dict[str, Any]:
         gpus = []
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory_gb": round(memory_kb / MB, 1),
         "gpus": [name for name in gpus if name],
         "load_before": os.getloadavg()[0],

@@ -216,7 +216,10 @@ def _refuse(name: str, section: dict[str, Any], refused: dict[str, str]) -> None
 
 
 def _decode(name: str, cls: Any, section: dict[str, Any]) -> Any:
-    """draccus.decode, its error as one line; draccus keeps the reason in `__cause__`."""
+    """draccus.decode, its error as one line; draccus keeps the reason in `__cause__`.
+
+    ACTConfig itself raises NotImplementedError at temporal ensembling with n_action_steps above 1.
+    """
     try:
         return draccus.decode(cls, section)
     except (DraccusException, NotImplementedError) as error:

@@ -1,13 +1,13 @@
 """Write `embedded.npz` anew: `python -m pusht_act.demos.embed [--count 2000] [--workers 2]`."""
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from pusht_act.cores import cores
 from pusht_act.demos import embedded
 from pusht_act.demos.demonstrator import Demonstration, demonstrate_many
 from pusht_act.demos.replay import make_env, reset_to
@@ -58,7 +58,7 @@ def main() -> None:
     """Parse the command line, make the demonstrations, write them."""
     parser = argparse.ArgumentParser(description="Write the embedded demonstrations anew.")
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=cores())
     arguments = parser.parse_args()
     digest = write(make(arguments.count, arguments.workers))
     print(f"{embedded.PATH}: {embedded.PATH.stat().st_size:,} bytes, sha256 {digest}")

@@ -3,7 +3,6 @@
 import hashlib
 import logging
 import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from pusht_act.cache import Allocate, Contents, Frames, cached
 from pusht_act.config import EMBEDDED_REPO_ID
+from pusht_act.cores import cores
 from pusht_act.demos import embedded
 from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.labels import Label
@@ -136,7 +136,7 @@ def _replayed(demonstrations: Sequence[Demonstration | Label], image: bool) -> I
             yield replay(demonstration.start, demonstration.action)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with ProcessPoolExecutor(cores(), mp_context=context) as pool:
         yield from pool.map(
             partial(replay, image=True), *zip(*((d.start, d.action) for d in demonstrations), strict=True), chunksize=4
         )
