@@ -6,6 +6,12 @@
 
 The folder's name is a hash of the content it was made from, so a changed data set is another folder and nothing ever
 needs to be invalidated. It is made under a lock in a sibling and renamed into place.
+
+meta.json holds the CRC-32 of each array's file and of itself, and all of it is read whenever a data set is opened: what
+lost bytes, or has a bit that flipped, is made again. CRC-32 finds every run of up to 32 bits that changed, and other
+damage but for one case in four billion; it is no protection from somebody who means harm. It runs at 2.5 GB/s: 0.3 s
+for the 206 human demonstrations in pictures (0.7 GB), which training then finds in memory. What changes on disk or in
+memory after a run has opened it is not found.
 """
 
 import json
@@ -13,6 +19,7 @@ import logging
 import math
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +30,7 @@ from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key; raise it when the layout below changes."""
 
 
@@ -88,15 +95,14 @@ def cached(repo_id: str, key: str, build: Callable[[Allocate], Contents]) -> Fra
         OSError: the disk has no room for them.
     """
     folder = cache_root() / f"{key}-v{FORMAT}"
-    if (frames := _opened(repo_id, folder)) is not None:
-        return frames
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if (frames := _opened(repo_id, folder)) is None:
-            _build(folder, build)
-            frames = _opened(repo_id, folder)
-    assert frames is not None
-    return frames
+    if _damage(folder) is not None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (damage := _damage(folder)) is not None:  # nobody has made it meanwhile
+                if folder.exists():
+                    log.warning("the cached data set %s is damaged (%s): making it again", folder, damage)
+                _build(folder, build)
+    return _opened(repo_id, folder)
 
 
 def _build(folder: Path, build: Callable[[Allocate], Contents]) -> None:
@@ -125,32 +131,43 @@ def _build(folder: Path, build: Callable[[Allocate], Contents]) -> None:
         raise
     for array in arrays.values():
         array.flush()
-    meta = {
-        "arrays": {name: (part / f"{name}.npy").stat().st_size for name in arrays},
+    record = {
+        "arrays": {name: _checksum(part / f"{name}.npy") for name in arrays},
         "episodes": contents.episodes.tolist(),
         "tasks": contents.tasks,
         "features": contents.features,
         "stats": contents.stats,
         "fps": contents.fps,
     }
-    (part / "meta.json").write_text(json.dumps(meta))
+    meta = json.dumps(record)
+    (part / "meta.json").write_text(f"{zlib.crc32(meta.encode())}\n{meta}")
     part.rename(folder)
 
 
-def _opened(repo_id: str, folder: Path) -> Frames | None:
-    """The frames in `folder`; None when it is not there or an array has lost bytes (then it is made again)."""
+def _damage(folder: Path) -> str | None:
+    """The file in `folder` that is not what was written, and why; None when all are."""
+    path = folder / "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        log.warning("the cached data set %s is damaged: decoding again", folder)
-        return None
-    for name, size in meta["arrays"].items():
-        path = folder / f"{name}.npy"
-        if not path.exists() or path.stat().st_size != size:
-            log.warning("the cached data set %s is damaged (%s.npy): decoding again", folder, name)
-            return None
+        checksum, meta = _read_meta(folder)
+        if checksum != zlib.crc32(meta):
+            return f"{path.name} is not what was written"
+        for name, written in json.loads(meta)["arrays"].items():
+            path = folder / f"{name}.npy"
+            if _checksum(path) != written:
+                return f"{path.name} is not what was written"
+    except (OSError, ValueError) as error:  # a bad sector of the disk, too
+        return f"{path.name}: {error.strerror if isinstance(error, OSError) else error}"
+    return None
+
+
+def _read_meta(folder: Path) -> tuple[int, bytes]:
+    """The CRC-32 in the first line of meta.json, and the JSON after it."""
+    checksum, _, meta = (folder / "meta.json").read_bytes().partition(b"\n")
+    return int(checksum), meta
+
+
+def _opened(repo_id: str, folder: Path) -> Frames:
+    meta = json.loads(_read_meta(folder)[1])
     return Frames(
         repo_id=repo_id,
         # "c", copy on write: PyTorch warns at arrays that it could not write to; nobody does.
@@ -162,3 +179,12 @@ def _opened(repo_id: str, folder: Path) -> Frames | None:
         fps=meta["fps"],
         key=folder.name,
     )
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file. By reads, not through the memory map: a bad sector is then an error, not the process's end."""
+    checksum = 0
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

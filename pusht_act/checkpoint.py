@@ -10,11 +10,12 @@
   best -> 005000            the best by evaluation
 """
 
+import copy
 import errno
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ from lerobot.common.train_utils import (
     load_training_batch_size,
     load_training_num_processes,
     load_training_state,
-    save_training_state,
+    save_training_step,
 )
 from lerobot.configs.train import TrainPipelineConfig
+from lerobot.optim.optimizers import save_optimizer_state
 from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.utils.constants import RNG_STATE, SCHEDULER_STATE
+from lerobot.utils.io_utils import write_json
+from lerobot.utils.random_utils import serialize_rng_state
+from lerobot.utils.utils import flatten_dict
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -49,12 +57,17 @@ class LoopState:
     """SampleOrder.state_dict(); None after a checkpoint of stock LeRobot, which does not record it."""
     window: dict[str, float] = field(default_factory=dict)
     """Sums of the metrics since the last line that was logged, and their number."""
+    skipped: int = 0
+    """How many steps were skipped since their loss or gradient was not finite, after the last roll-back."""
+    rollbacks: int = 0
+    """How many times training diverged and went back to a checkpoint; each changes the order of the data."""
     best: dict[str, Any] | None = None
     """The best evaluation so far: {"step": int, "score": [pc_success, avg_max_reward]}."""
     pending: int | None = None
     """The step whose evaluation is under way."""
     spare: list[int] = field(default_factory=list)
-    """Checkpoints written for their evaluation alone; each goes when that is over, unless it is the best."""
+    """Checkpoints written for their evaluation alone, or where a signal stopped the run; each goes at a later save, the
+    best one excepted and that of `pending`."""
     wandb_run_id: str | None = None
 
 
@@ -68,29 +81,62 @@ class TrainingObjects:
     scheduler: LRScheduler | None
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint has of the moment it was taken."""
+
+    objects: TrainingObjects
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    random: dict[str, Tensor]
+    """The states of the random streams, as LeRobot writes them."""
+    state: LoopState
+
+
+def snapshot(objects: TrainingObjects, state: LoopState, apart: bool) -> Snapshot:
+    """The present moment; `apart`: copied to the host's memory, so that training can go on while it is written.
+
+    The processors are not copied: those of `objects` must not be the training's.
+    """
+    policy, optimizer = objects.policy, objects.optimizer.state_dict()
+    if apart:
+        policy = copy.deepcopy(policy).to("cpu")
+        moments = {
+            index: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
+            for index, values in optimizer["state"].items()
+        }
+        optimizer = {"state": moments, "param_groups": copy.deepcopy(optimizer["param_groups"])}
+    return Snapshot(
+        replace(objects, policy=policy),
+        optimizer,
+        copy.deepcopy(objects.scheduler.state_dict()) if objects.scheduler is not None else None,
+        flatten_dict(serialize_rng_state()),
+        copy.deepcopy(state),
+    )
+
+
 def save(
     run: RunDir,
-    objects: TrainingObjects,
-    state: LoopState,
+    snapshot: Snapshot,
     train_config: TrainPipelineConfig,
     record: dict[str, Any],
 ) -> Checkpoint:
-    """Write the checkpoint of `state.step` and point `last` at it; a crash leaves the old `last` and no half of one.
+    """Write the checkpoint of `snapshot` and point `last` at it; a crash leaves the old `last` and no half of one.
 
     Raises:
         OSError: there is no room for it or it cannot be written; what was there before is as it was.
     """
-    name = get_step_identifier(state.step, train_config.steps)
+    name = get_step_identifier(snapshot.state.step, train_config.steps)
     final = run.checkpoints / name
     part = run.checkpoints / f".{name}.part"
     needed = 0
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         clear_leftovers(run)
-        needed = _bytes_needed(run, objects.policy)
+        needed = _bytes_needed(run, snapshot.objects.policy)
         if needed > shutil.disk_usage(run.checkpoints).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        _write(part, objects, state, train_config, record)
+        _write(part, snapshot, train_config, record)
         _replace(part, final)
         _fsync(run.checkpoints)
         link(run, "last", name)
@@ -103,27 +149,26 @@ def save(
 
 def _write(
     part: Path,
-    objects: TrainingObjects,
-    state: LoopState,
+    snapshot: Snapshot,
     train_config: TrainPipelineConfig,
     record: dict[str, Any],
 ) -> None:
     """All files of a checkpoint, on the disk when this returns."""
     model, training = part / "pretrained_model", part / "training_state"
+    objects, state = snapshot.objects, snapshot.state
     model.mkdir(parents=True)
+    training.mkdir()
     objects.policy.save_pretrained(model)
     objects.processors.pre.save_pretrained(model)
     objects.processors.post.save_pretrained(model)
     train_config.save_pretrained(model)
     (model / OURS).write_text(json.dumps(record, indent=2))
-    save_training_state(
-        part,
-        state.step,
-        objects.optimizer,
-        objects.scheduler,
-        num_processes=1,
-        batch_size=train_config.batch_size,
-    )
+    # LeRobot's `save_training_state`, of the snapshot in place of the present.
+    save_training_step(state.step, training, num_processes=1, batch_size=train_config.batch_size)
+    save_file(snapshot.random, training / RNG_STATE)
+    save_optimizer_state(objects.optimizer, training, optim_state_dict=snapshot.optimizer)
+    if snapshot.scheduler is not None:
+        write_json(snapshot.scheduler, training / SCHEDULER_STATE)
     (training / OURS).write_text(json.dumps(asdict(state), indent=2))
     write_manifest(part)
     for path in [*part.rglob("*"), part]:

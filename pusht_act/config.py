@@ -5,6 +5,7 @@ dataclasses declare their fields, and `lerobot_config` decodes them. This module
 that `--help`, `--cfg job` and a misspelt key answer at once.
 """
 
+import math
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
@@ -13,6 +14,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from pusht_act.tokens import refuse_tokens
 
 # What is no number is left to the checks below, which name its key.
 OmegaConf.register_new_resolver(
@@ -33,10 +36,14 @@ class Mode(Enum):
 
 @dataclass
 class ResumeConfig:
-    """Where `mode=resume` starts."""
+    """Where training goes on from."""
 
     path: str | None = None
-    """A checkpoint: `.../checkpoints/005000`, its `pretrained_model` or a run directory; null: `last` of output_dir."""
+    """mode=resume: a checkpoint, `.../checkpoints/005000`, its `pretrained_model` or a run directory; null: `last` of
+    output_dir."""
+    auto: bool = MISSING
+    """mode=test and mode=full: go on from the newest sound checkpoint in output_dir when that is of the same
+    configuration, start afresh when there is none; so the same command can be given until it is done."""
 
 
 @dataclass
@@ -47,15 +54,32 @@ class CheckpointsConfig:
     """How many of the newest are kept; 0: all, as stock LeRobot does. The others are removed after each save."""
     keep_every: int = MISSING
     """Those at multiples of so many steps are kept for ever, beside the newest; 0: none."""
+    background: bool = MISSING
+    """Write a copy of weights and moments in the host's memory while training goes on; false: training waits. The files
+    are the same."""
 
 
 @dataclass
 class TrainConfig:
     """How training runs."""
 
+    max_nonfinite: int = MISSING
+    """A step whose loss or gradient is not finite changes nothing and is counted; after more than these the run goes
+    back to its newest sound checkpoint, and on with the data in another order. So it does before it would evaluate or
+    save weights that are not finite."""
+    max_rollbacks: int = MISSING
+    """How many times the run goes back in all; then it stops."""
+    precision: str | None = MISSING
+    """Of training's arithmetic: fp32 (on a GPU its matrix products are TF32, as in stock LeRobot) or bf16 (autocast;
+    weights and AdamW stay fp32); null: bf16 with policy.use_amp=true, else fp32. Evaluations go by policy.use_amp
+    alone, which a checkpoint keeps: so mode=eval repeats them."""
+    compile: bool | None = MISSING
+    """Compile the loss and its gradient to fused kernels, which takes a minute or more; null: on a GPU only. An epoch's
+    last, short batch is not compiled. Dropout and VAE noise then draw other numbers."""
     profile: bool = MISSING
     """Measure a few steps: a line says where their time goes, profile/trace.json in the run directory shows every
-    operation (chrome://tracing and ui.perfetto.dev open it). All steps then wait for the device after each part."""
+    operation (chrome://tracing and ui.perfetto.dev open it). All steps then wait for the device after each part, and
+    are not captured in a CUDA graph."""
 
 
 @dataclass
@@ -208,7 +232,8 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed"),
     *("eval.n_videos", "eval.workers"),
-    *("checkpoints.keep_last", "checkpoints.keep_every"),
+    *("checkpoints.keep_last", "checkpoints.keep_every", "train.max_nonfinite"),
+    "train.max_rollbacks",
     *("demos.start_seed", "demos.workers", "dagger.start_seed", "dagger.workers"),
     *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
     *("optimizer.grad_clip_norm", "optimizer.eps", "scheduler.decay_lr"),
@@ -219,6 +244,7 @@ PLANNER_OPTIONS = ("coverage", "speed", "smoothness", "replan", "seed")
 """Fields of demos that mode=dagger asks its demonstrator for too; the others are mode=demos's alone."""
 TRAINING_AFRESH = (Mode.test, Mode.full, Mode.dagger)
 """Modes that begin with new weights, or with those of policy.pretrained_path."""
+PRECISIONS = (None, "fp32", "bf16")
 WANDB_MODES = (None, "online", "offline", "disabled")
 EMBEDDED_REPO_ID = "pusht_act/demos"
 MAX_DEMOS = 2000
@@ -238,11 +264,13 @@ def config_from(cfg: DictConfig) -> Config:
     """Turn a composed configuration into a checked `Config`; below this nothing sees a `DictConfig`.
 
     Raises:
-        ValueError: an unknown key, a wrong type or an impossible value, named with its remedy.
+        ValueError: an unknown key, a wrong type or an impossible value, named with its remedy; or a token.
     """
     if unknown := [str(key) for key in cfg if str(key) not in {f.name for f in fields(Config)}]:
         raise ValueError(f"{unknown[0]} is unknown: --cfg job shows the keys there are")
     try:
+        untyped = OmegaConf.create(OmegaConf.to_container(cfg))  # so that no objection to a type shows the value
+        refuse_tokens("", OmegaConf.to_container(untyped, resolve=True))
         merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
@@ -265,6 +293,7 @@ def _check(config: Config, cfg: Any) -> None:
         for key in keys:
             _check_number(key, OmegaConf.select(cfg, key, default=lowest), lowest)
     _check_mode(config)
+    _check_precision(config)
     _check_dataset(config)
     chunk, replan = config.policy.get("chunk_size"), config.policy.get("n_action_steps")
     if chunk is not None and replan is not None and replan > chunk:
@@ -286,7 +315,7 @@ def _check(config: Config, cfg: Any) -> None:
     if config.wandb.mode not in WANDB_MODES:
         raise ValueError(f"wandb.mode={config.wandb.mode} is unknown: give online, offline or disabled")
     peak = config.scheduler.get("peak_lr", 1)
-    if not isinstance(peak, int | float) or peak <= 0:  # LeRobot divides by it
+    if not isinstance(peak, int | float) or not 0 < peak < math.inf:  # LeRobot divides by it
         raise ValueError(f"scheduler.peak_lr={peak} is no rate: give one above 0, such as that of policy.optimizer_lr")
     for key in ("output_dir", "job_name"):
         if not getattr(config, key):
@@ -296,6 +325,10 @@ def _check(config: Config, cfg: Any) -> None:
 def _check_number(key: str, value: Any, lowest: int) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{key}={value} is not a number: give {lowest} or more")
+    if key in POSITIVE and not isinstance(value, int):
+        raise ValueError(f"{key}={value}: give a whole number, {lowest} or more")
+    if not math.isfinite(value):
+        raise ValueError(f"{key}={value} is no finite number: give {lowest} or more")
     if value < lowest:
         raise ValueError(f"{key}={value} is too small: give {lowest} or more")
 
@@ -326,6 +359,14 @@ def _check_mode(config: Config) -> None:
         raise ValueError(f"steps={config.steps} are too few for train.profile=true: give {PROFILED_STEPS} or more")
     if config.mode is Mode.dagger:
         _check_dagger(config)
+
+
+def _check_precision(config: Config) -> None:
+    precision = config.train.precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"train.precision={precision} is unknown: give fp32 or bf16")
+    if precision == "fp32" and config.policy.get("use_amp"):
+        raise ValueError("train.precision=fp32 contradicts policy.use_amp=true, which is bf16: leave one of them out")
 
 
 def _check_dagger(config: Config) -> None:

@@ -5,7 +5,7 @@
   labels/round-1/    the states in which round 0's policy made its decisions, labelled by the demonstrator
   round-1/           an ordinary run from round 0's weights, on the data set and labels/round-1
   labels/round-2/    ...
-  config.yaml  runs.jsonl  train.log  lock
+  config.yaml  runs.jsonl  train.log
 
 What is finished is kept, so the same command goes on wherever it was stopped, on the CPU to the same bits.
 """
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 from lerobot.envs.configs import PushtEnv
 
 from pusht_act.config import Config, Mode, plain
@@ -30,17 +29,18 @@ from pusht_act.environments import environments
 from pusht_act.evaluate import evaluate
 from pusht_act.integrity import damage
 from pusht_act.lerobot_config import LeRobotConfig, decode, decode_policy
+from pusht_act.lock import Lock, locked
 from pusht_act.policy import load_policy, load_processors
 from pusht_act.run_dir import (
     Checkpoint,
     RunDir,
-    check_unused,
     command_line,
     last_checkpoint,
     log_file,
     move_aside,
     write_provenance,
 )
+from pusht_act.signals import Stopped
 from pusht_act.train import Setup, set_up, train
 
 log = logging.getLogger(__name__)
@@ -59,26 +59,30 @@ class Round:
 
 
 def dagger(
-    config: Config, options: PlannerOptions, overrides: list[str], choices: dict[str, str | None], fresh: bool
+    config: Config,
+    options: PlannerOptions,
+    overrides: list[str],
+    choices: dict[str, str | None],
+    lock: Lock,
+    fresh: bool,
 ) -> list[Round]:
     """All rounds of `config`, those that are finished read and the others made; the last one's is the final policy.
 
-    `options` are the demonstrator's; `fresh` says that `output_dir` holds nothing to go on from.
+    `options` are the demonstrator's; `lock` is held on `output_dir`; `fresh` says that it holds nothing to go on from.
 
     Raises:
         ValueError: a configuration that does not fit the data; nothing was written.
-        FileExistsError: output_dir is in use, or another process is at work there.
+        FileExistsError: another process is at work in a round's directory.
         OSError: no room on the disk, or a labelling process was killed.
     """
     root = RunDir(Path(config.output_dir))
     lerobot = decode(config)
     jobs = [_job(config, number) for number in range(config.dagger.rounds + 1)]
     prepared = _prepared(jobs[0], None) if fresh else None
-    if fresh:
-        check_unused(root.path, config.overwrite)  # another process may have begun since
-        move_aside(root.path)
+    if fresh and (moved := move_aside(root.path)):
+        lock.take_again(moved)
     write_provenance(root, plain(config), overrides)
-    with _locked(root), log_file(root):
+    with log_file(root), _saying_how_to_go_on(overrides):
         for number, job in enumerate(jobs):
             name = f"round {number}/{config.dagger.rounds}"
             if _finished(job) is not None:
@@ -129,8 +133,7 @@ def _finished(job: Config) -> Checkpoint | None:
 def _stopped_at(job: Config) -> Checkpoint | None:
     """The last sound checkpoint of a round that was begun, if it got to one; the round may have gone on since."""
     run = RunDir(Path(job.output_dir))
-    begun = (run.checkpoints / "last").is_symlink() or any(path.name.isdigit() for path in run.checkpoints.glob("*"))
-    return last_checkpoint(run, job.steps, f"delete {run.path} to train it again") if begun else None
+    return last_checkpoint(run, job.steps, f"delete {run.path} to train it again") if run.has_checkpoints() else None
 
 
 def _prepared(job: Config, start: Checkpoint | None) -> tuple[LeRobotConfig, Setup]:
@@ -142,9 +145,10 @@ def _train(
     job: Config, prepared: tuple[LeRobotConfig, Setup], overrides: list[str], choices: dict[str, str | None]
 ) -> None:
     run = RunDir(Path(job.output_dir))
-    write_provenance(run, plain(job), overrides)
-    with log_file(run):
-        train(job, *prepared, run, {"config": plain(job), "choices": choices})
+    with locked(run.path):
+        write_provenance(run, plain(job), overrides)
+        with log_file(run):
+            train(job, *prepared, run, {"config": plain(job), "choices": choices})
 
 
 def _label(config: Config, lerobot: LeRobotConfig, options: PlannerOptions, number: int, name: str) -> None:
@@ -184,15 +188,8 @@ def _rounds(jobs: list[Config], frames: int) -> list[Round]:
             frames += sum(len(label.action) for label in read_labels(Path(folder)))
         run, checkpoint = RunDir(Path(job.output_dir)), _finished(job)
         assert checkpoint is not None
-        rounds.append(Round(run, checkpoint, frames, _metrics(run, job.steps)))
+        rounds.append(Round(run, checkpoint, frames, run.metrics_of(job.steps)))
     return rounds
-
-
-def _metrics(run: RunDir, step: int) -> dict[str, float]:
-    """What metrics.jsonl has of `step`, but the validation loss."""
-    lines = map(json.loads, run.metrics.read_text().splitlines())
-    values = {key: value for line in lines if line["step"] == step for key, value in line.items()}
-    return {key.partition("/")[2]: value for key, value in values.items() if key not in ("step", "eval/loss")}
 
 
 def _report(rounds: list[Round]) -> None:
@@ -208,16 +205,11 @@ def _report(rounds: list[Round]) -> None:
 
 
 @contextmanager
-def _locked(root: RunDir) -> Iterator[None]:
-    """This process alone works in `root`, whatever else is given the same command."""
-    lock = FileLock(root.path / "lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise FileExistsError(
-            f"output_dir={root.path} is being written by another process: wait for it, or give another output_dir="
-        ) from error
+def _saying_how_to_go_on(overrides: list[str]) -> Iterator[None]:
     try:
         yield
-    finally:
-        lock.release()
+    except Stopped as stopped:
+        saved = f", saved {stopped.checkpoint}" if stopped.checkpoint else ""
+        log.warning("%s%s; to go on: %s", stopped, saved, command_line(overrides))
+        stopped.told = True
+        raise

@@ -24,6 +24,7 @@ from pusht_act.config import EvalConfig
 from pusht_act.cores import cores
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.replay import advance, count_no_contacts, picture
+from pusht_act.signals import withheld
 
 Observation = dict[str, np.ndarray]
 """As gym-pusht names it: agent_pos, and pixels or environment_state."""
@@ -212,13 +213,14 @@ class Workers:
         self._pipes: list[Connection] = []
         for _ in range(count):
             ours, theirs = multiprocessing.Pipe()
-            code = f"import sys; sys.path[:] = {sys.path!r}; {_SERVE.format(theirs.fileno())}"
-            command = [sys.executable, "-c", code]
-            self._processes.append(
-                subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            serve = f"from pusht_act.environments import serve; serve({theirs.fileno()})"
+            command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}"]
+            with withheld():
+                self._processes.append(
+                    subprocess.Popen(
+                        command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                    )
                 )
-            )
             self._pipes.append(ours)
             theirs.close()
 
@@ -250,12 +252,6 @@ class Workers:
             process.kill()  # it has nothing to lose
         for process in self._processes:
             process.wait()
-
-
-_SERVE = (
-    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # Ctrl-C is the parent's to handle
-    "from pusht_act.environments import serve; serve({})"
-)
 
 
 def serve(pipe: int) -> None:

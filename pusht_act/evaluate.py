@@ -5,6 +5,7 @@ Training and mode=eval call the same `evaluate`, so the same checkpoint and seed
 
 import csv
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +27,8 @@ from pusht_act.environments import Environments, Episode, Frame, State, Task, Tu
 from pusht_act.film_strip import film_strip
 from pusht_act.policy import Processors, autocast
 from pusht_act.statistics import wilson_interval
+
+FILM_STRIP = "film_strip.png"
 
 
 @dataclass
@@ -185,19 +188,34 @@ def _show(progress: Any, done: int) -> None:
 
 
 def _written(evaluation: Evaluation, directory: Path, frames: list[list[Frame]], fps: int) -> Evaluation:
-    """`evaluation` with the paths of what was written of it."""
+    """`evaluation` with the paths of what was written of it: all of it, in the place of what was there, or nothing."""
+    part = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        _write(evaluation, part, frames, fps)
+        shutil.rmtree(directory, ignore_errors=True)
+        part.rename(directory)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    videos = [directory / _video(i) for i in range(len(frames))]
+    return replace(evaluation, video_paths=videos, film_strip=directory / FILM_STRIP if frames else None)
+
+
+def _write(evaluation: Evaluation, directory: Path, frames: list[list[Frame]], fps: int) -> None:
     episodes = evaluation.episodes
-    directory.mkdir(parents=True, exist_ok=True)
     with (directory / "episodes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(episodes[0])))
         writer.writeheader()
         writer.writerows(asdict(episode) for episode in episodes)
-    videos = [directory / f"episode-{i}.mp4" for i in range(len(frames))]
-    for path, pictures in zip(videos, frames, strict=True):
-        write_video(path, pictures, fps)
-    strip = directory / "film_strip.png" if frames else None
-    if strip is not None:
-        film_strip(frames[0], episodes[0].success, episodes[0].seed).save(strip)
+    for i, pictures in enumerate(frames):
+        write_video(directory / _video(i), pictures, fps)
+    if frames:
+        film_strip(frames[0], episodes[0].success, episodes[0].seed).save(directory / FILM_STRIP)
     record = {**evaluation.metrics, "start_seed": episodes[0].seed, "eval_s": evaluation.seconds}
     (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    return replace(evaluation, video_paths=videos, film_strip=strip)
+
+
+def _video(episode: int) -> str:
+    return f"episode-{episode}.mp4"

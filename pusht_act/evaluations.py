@@ -5,14 +5,14 @@
     T or on  the next save removes checkpoint S if it was for the evaluation alone and is not the best
 
 A run that is stopped between S and T finds `pending` in its last checkpoint and evaluates checkpoint S again, so that
-metrics, `best` and files come to those of a run that was not.
+metrics, `best` and files come to those of a run that was not. A signal breaks off an evaluation, and a wait for one.
 """
 
 import copy
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pusht_act.metrics import Metrics
 from pusht_act.policy import Processors
 from pusht_act.retention import link, remove
 from pusht_act.run_dir import Checkpoint, RunDir
+from pusht_act.signals import Stopped, at_once
 
 log = logging.getLogger(__name__)
 
@@ -74,26 +75,45 @@ class Evaluations:
     _former_best: dict[str, Any] | None = None
     _not_saved: int | None = None
 
+    def due(self, step: int) -> bool:
+        """Whether the policy of `step` is to be evaluated."""
+        return due(step, self.config.eval_freq) or (step == self.config.steps and self.config.eval_freq > 0)
+
     def begin(self, step: int) -> None:
-        """Evaluate the policy as it is now, at `step`; the evaluation before must be over."""
+        """Evaluate the policy as it is now, at `step`, unless a signal has broken off the wait for the one before."""
+        if self.state.pending is not None:
+            return
         policy = self.objects.policy
         self._start(step, copy.deepcopy(policy) if self._beside_training(step) else policy)
 
     def begin_again(self, model: Path) -> None:
-        """Evaluate the weights in the folder `model`, those of step `state.pending`, as a resumed run has to."""
-        assert self.state.pending is not None
+        """Evaluate the weights in the folder `model`, those of step `state.pending`, as a resumed run has to.
+
+        If the run was stopped while it waited for that evaluation, that of its own step follows.
+        """
+        step = self.state.pending
+        assert step is not None
         policy = copy.deepcopy(self.objects.policy)  # a new one would draw random numbers that are the training's
         load_model(policy, model / "model.safetensors")
-        self._start(self.state.pending, policy)
+        self._start(step, policy)
+        if step != self.state.step and self.due(self.state.step):
+            self.collect(wait=True)
+            self.begin(self.state.step)
 
     def collect(self, wait: bool = False) -> None:
         """Log the result, if it is there or `wait` says to wait for it, and point `best` at the best.
+
+        After a signal nothing is waited for, and what is not there stays `state.pending`.
 
         Raises:
             Exception: what stopped the evaluation.
         """
         step = self.state.pending
-        if self._coming is None or step is None or not (wait or self._coming.done()):
+        if self._coming is None or step is None:
+            return
+        if wait:
+            _wait_for(self._coming)
+        if not self._coming.done():
             return
         evaluation = self.newest = self._coming.result()
         self._coming = self.state.pending = None
@@ -104,17 +124,21 @@ class Evaluations:
             self._former_best, self.state.best = best, {"step": step, "score": score}
             self._link_best()
 
-    def wants_checkpoint(self, step: int) -> bool:
-        """Whether `step` is being evaluated or is the best, and so has to be saved; noted in `state.spare`."""
-        wanted = step in (self.state.pending, self._best_step)
+    def wants_checkpoint(self, step: int, stops: bool) -> bool:
+        """Whether `step` is evaluated, is the best or where the run `stops`: to be saved, noted in `state.spare`."""
+        wanted = stops or step in (self.state.pending, self._best_step)
         if wanted and step not in self.state.spare:
             self.state.spare.append(step)
         return wanted
 
-    def saved(self) -> None:
-        """After a save: point `best` at the best, remove checkpoints that were for evaluations alone that are over."""
+    @property
+    def needed(self) -> tuple[int | None, ...]:
+        """The steps whose checkpoints the one of the present state builds on: itself, under evaluation, the best."""
+        return self.state.step, self.state.pending, self._best_step
+
+    def saved(self, needed: tuple[int | None, ...]) -> None:
+        """After a save, what was `needed` at its moment: point `best` at the best, remove spare checkpoints."""
         self._link_best()
-        needed = (self.state.step, self.state.pending, self._best_step)
         for step in [step for step in self.state.spare if step not in needed]:
             self.state.spare.remove(step)
             asked_for = due(step, self.config.save_freq) or due(step, self.config.checkpoints.keep_every)
@@ -131,7 +155,8 @@ class Evaluations:
             self.state.best = self._former_best
 
     def _beside_training(self, step: int) -> bool:
-        return self.config.eval.background and step < self.config.steps
+        more = max(step, self.state.step) < self.config.steps  # one that has all its steps may only have to evaluate
+        return self.config.eval.background and more
 
     def _start(self, step: int, policy: ACTPolicy) -> None:
         self.state.pending = step
@@ -139,7 +164,8 @@ class Evaluations:
             self._coming = self.thread.submit(self._evaluate, step, policy, None)
         else:
             self._coming = Future()
-            self._coming.set_result(self._evaluate(step, policy, f"evaluating {step}"))
+            with suppress(Stopped), at_once():
+                self._coming.set_result(self._evaluate(step, policy, f"evaluating {step}"))
             self.collect()
 
     def _evaluate(self, step: int, policy: ACTPolicy, description: str | None) -> Evaluation:
@@ -164,6 +190,12 @@ class Evaluations:
 
     def _folder(self, step: int) -> Path:
         return self.run.checkpoints / str(get_step_identifier(step, self.config.steps))
+
+
+def _wait_for(coming: Future[Evaluation]) -> None:
+    """Until it is there, or there is a signal."""
+    with suppress(Stopped), at_once():
+        wait([coming])
 
 
 def unevaluated(start: Checkpoint, state: LoopState, steps: int) -> Path | None:

@@ -29,6 +29,7 @@ RENAMED = {
     "config_path": "resume.path",
     "checkpoint.keep_last": "checkpoints.keep_last",
     "checkpoint.keep_every": "checkpoints.keep_every",
+    "checkpoint.background": "checkpoints.background",
     "policy.path": "checkpoint (mode=eval), resume.path (mode=resume) or +policy.pretrained_path (fine-tuning)",
 }
 """Names of older LeRobots, of LeRobot's command line and of the ACT paper's code that many a script still has."""
@@ -52,6 +53,7 @@ TYPE_WANTED = {
     "converted to Integer": "give a whole number",
     "converted to Float": "give a number",
     "not a valid bool": "give true or false",
+    "to string": "give one text",
     "is not Optional": "it must have a value",
     "Invalid type assigned": "it is a section, give one of its keys; --cfg job shows them",
 }

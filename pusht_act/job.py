@@ -5,27 +5,22 @@ What can be refused is refused before torch and lerobot are imported, which take
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from pusht_act.config import (
-    EMBEDDED_REPO_ID,
-    PLANNER_OPTIONS,
-    TRAINING_AFRESH,
-    Config,
-    Mode,
-    config_from,
-    plain,
-)
-from pusht_act.inherit import inherit, parsed
-from pusht_act.integrity import EVERYTHING, MODEL
+from pusht_act.config import TRAINING_AFRESH, Config, Mode, config_from, plain
+from pusht_act.going_on import directory, goes_on, newest_of_same, resumed, stopped_before_its_first_checkpoint
+from pusht_act.inherit import inherit
+from pusht_act.integrity import MODEL
 from pusht_act.lerobot_command import lerobot_command
+from pusht_act.lock import Lock, locked
+from pusht_act.overrides import check_overrides
+from pusht_act.retention import settle
 from pusht_act.run_dir import (
     Checkpoint,
     RunDir,
@@ -33,22 +28,14 @@ from pusht_act.run_dir import (
     check_unused,
     command_line,
     find_checkpoint,
-    last_checkpoint,
     log_file,
     move_aside,
-    newest_sound,
     write_provenance,
 )
+from pusht_act.signals import Stopped
 from pusht_act.vet import vet
 
 log = logging.getLogger(__name__)
-
-FREE_IN_DAGGER = (
-    *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "wandb.", "checkpoints.", "train.profile"),
-    *("eval.n_videos", "eval.workers", "eval.background", "dagger.rounds", "dagger.workers"),
-    *("policy.push_to_hub", "policy.repo_id"),
-)
-"""Keys that a mode=dagger may go on with another value of: none decides what a round comes to."""
 
 
 @dataclass(frozen=True)
@@ -77,100 +64,41 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
     Raises:
         ValueError, OSError: the user's to mend; nothing was written.
     """
-    mode = cfg.mode
-    _check_overrides(cfg, overrides)
-    if mode is Mode.eval:
-        checkpoint = _found(str(config_from(cfg).checkpoint), "checkpoint")
-        config = config_from(inherit(cfg, checkpoint, overrides, choices, resume=False))
-    elif mode is Mode.resume:
-        config_from(cfg)
-        checkpoint, cfg.output_dir = _resumed(cfg, overrides)
+    check_overrides(cfg, overrides)
+    config_from(cfg)
+    if cfg.print_lerobot_command:
+        print(lerobot_command(*_decided(cfg, overrides, choices)))
+        return Result(Path(cfg.output_dir))
+    if cfg.mode is Mode.eval:
+        return _evaluate(*_decided(cfg, overrides, choices), overrides)
+    if cfg.mode is Mode.demos:
+        return _demonstrate(config_from(cfg), overrides)
+    with locked(directory(cfg, overrides)) as lock:
+        config, start = _decided(cfg, overrides, choices)
+        if cfg.mode is Mode.dagger:
+            return _dagger(config, overrides, choices, lock)
+        return _train(config, start, overrides, choices, lock)
+
+
+def _decided(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> tuple[Config, Checkpoint | None]:
+    """The job's configuration, and the checkpoint that mode=resume or mode=eval was given."""
+    if cfg.mode is Mode.eval:
+        checkpoint = _found(cfg.checkpoint, "checkpoint")
+        return config_from(inherit(cfg, checkpoint, overrides, choices, resume=False)), checkpoint
+    if cfg.mode is Mode.resume:
+        cfg.output_dir = str(directory(cfg, overrides))
+        checkpoint = resumed(cfg, Path(cfg.output_dir))
         vet(checkpoint.model)
         config = config_from(inherit(cfg, checkpoint, overrides, choices, resume=True))
-        if checkpoint.step >= config.steps:
+        if _is_finished(checkpoint, config):
             raise ValueError(
                 f"steps={config.steps}: {checkpoint.directory} is at step {checkpoint.step} already; give more steps="
             )
-    else:
-        checkpoint, config = None, config_from(cfg)
-        if mode in TRAINING_AFRESH and (name := config.policy.get("pretrained_path")):
-            config.policy["pretrained_path"] = str(_found(str(name), "policy.pretrained_path").model)
-    if config.print_lerobot_command:
-        print(lerobot_command(config, checkpoint))
-        return Result(Path(config.output_dir))
-    if mode is Mode.eval:
-        assert checkpoint is not None
-        return _evaluate(config, checkpoint, overrides)
-    if mode is Mode.demos:
-        return _demonstrate(config, overrides)
-    if mode is Mode.dagger:
-        return _dagger(config, overrides, choices)
-    return _train(config, checkpoint, overrides, choices)
-
-
-def _check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
-    """Refuse what only the command line shows: an option that this job would ignore, a number taken for true."""
-    read = [override for override in parsed(overrides) if not override.is_delete()]
-    given = dict(pair for override in read for pair in _flat(override.key_or_group, override.value()))
-    for key, value in given.items():
-        section, _, name = key.partition(".")
-        if section == "demos":
-            _check_used(name, value, cfg)
-        trains = cfg.mode is Mode.resume or cfg.mode in TRAINING_AFRESH
-        if section == "dagger" and cfg.mode is not Mode.dagger and not (name == "labels" and trains):
-            raise ValueError(f"{key}={value} is for mode=dagger: give that too, or leave it out")
-        if section == "train" and not trains:
-            raise ValueError(f"{key}={value} is for training, which mode={cfg.mode.value} does not do: leave it out")
-        if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
-            raise ValueError(f"{key}={value}: give true or false")
-    starts = OmegaConf.select(cfg, "demos.starts")
-    if "demos.start_seed" in given and starts is not None:
-        raise ValueError(
-            f"demos.start_seed={given['demos.start_seed']} and demos.starts={starts} both say where to start: "
-            "leave one of them out"
-        )
-
-
-def _check_used(name: str, value: Any, cfg: DictConfig) -> None:
-    """Refuse the option `name` of demos where nothing would read it."""
-    users = ["mode=demos"]
-    if name in PLANNER_OPTIONS:
-        users.append("mode=dagger")
-    if name == "n_episodes":
-        users.append("dataset=demos")
-        if cfg.mode is Mode.resume or OmegaConf.select(cfg, "dataset.repo_id") == EMBEDDED_REPO_ID:
-            return  # a resumed run's data set is not known yet
-    if f"mode={cfg.mode.value}" not in users:
-        raise ValueError(f"demos.{name}={value} is for {' or '.join(users)}: give that too, or leave it out")
-
-
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """demos={speed: 9} -> demos.speed, 9."""
-    if not isinstance(value, dict):
-        yield key, value
-        return
-    for name, inner in value.items():
-        yield from _flat(f"{key}.{name}", inner)
-
-
-def _resumed(cfg: DictConfig, overrides: list[str]) -> tuple[Checkpoint, str]:
-    """The checkpoint to resume, and the run directory to go on in."""
-    given = any(override.startswith("output_dir=") for override in overrides)
-    if cfg.resume.path is None:
-        return last_checkpoint(RunDir(Path(cfg.output_dir))), cfg.output_dir
-    checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
-    check_sound(checkpoint, f"resume.path={cfg.resume.path}", EVERYTHING)
-    output_dir = Path(cfg.output_dir) if given or checkpoint.run is None else checkpoint.run
-    if checkpoint.run == output_dir.resolve():
-        last, _ = newest_sound(RunDir(output_dir))
-        if last is not None and last.step > checkpoint.step:
-            raise ValueError(
-                f"resume.path={cfg.resume.path} is at step {checkpoint.step}, its run went on to {last.step}: "
-                "give output_dir=NEW to branch off, or leave resume.path out to go on from the last"
-            )
-    else:
-        check_unused(output_dir, cfg.overwrite)
-    return checkpoint, str(output_dir)
+        return config, checkpoint
+    config = config_from(cfg)
+    if cfg.mode in TRAINING_AFRESH and (name := config.policy.get("pretrained_path")):
+        config.policy["pretrained_path"] = str(_found(str(name), "policy.pretrained_path").model)
+    return config, None
 
 
 def _found(name: str, key: str) -> Checkpoint:
@@ -187,10 +115,17 @@ def _found(name: str, key: str) -> Checkpoint:
     return checkpoint
 
 
-def _train(config: Config, start: Checkpoint | None, overrides: list[str], choices: dict[str, str | None]) -> Result:
-    _check_can_push(config)
+def _train(
+    config: Config, start: Checkpoint | None, overrides: list[str], choices: dict[str, str | None], lock: Lock
+) -> Result:
     run = RunDir(Path(config.output_dir))
+    again = config.mode is not Mode.resume and config.resume.auto
+    if again and (start := newest_of_same(config, run)) is not None and _is_finished(start, config):
+        return _finished(config, run, start)
+    _check_can_push(config)
     branches_off = start is None or start.run != run.path.resolve()
+    if again and stopped_before_its_first_checkpoint(run):
+        branches_off = False
     if branches_off:
         check_unused(run.path, config.overwrite)
 
@@ -201,13 +136,17 @@ def _train(config: Config, start: Checkpoint | None, overrides: list[str], choic
     record: dict[str, Any] = {"config": plain(config), "choices": choices}
     setup = set_up(config, lerobot, start)
     # The run directory is touched when nothing is left that could be refused.
-    if branches_off:
-        move_aside(run.path)
+    if branches_off and (moved := move_aside(run.path)):
+        lock.take_again(moved)
     write_provenance(run, plain(config), overrides)
     with log_file(run):
         if start is not None:
             log.info("going on from %s", start.directory)
-        training = train(config, lerobot, setup, run, record)
+        try:
+            training = train(config, lerobot, setup, run, record)
+        except Stopped as stopped:
+            _say_how_to_go_on(stopped, config, run, overrides)
+            raise
     evaluation = training.evaluation
     if training.checkpoint is not None:
         _push(config, training.checkpoint, evaluation.metrics if evaluation else {}, overrides)
@@ -220,6 +159,32 @@ def _train(config: Config, start: Checkpoint | None, overrides: list[str], choic
         episodes=evaluation.episodes if evaluation else [],
         video_paths=evaluation.video_paths if evaluation else [],
     )
+
+
+def _is_finished(checkpoint: Checkpoint, config: Config) -> bool:
+    return checkpoint.step >= config.steps and checkpoint.pending is None
+
+
+def _finished(config: Config, run: RunDir, checkpoint: Checkpoint) -> Result:
+    """What the run that ended with `checkpoint` came to."""
+    settle(run, config, checkpoint)
+    log.info("%s is finished: step %d; more steps= would go on", run.path, checkpoint.step)
+    return Result(run.path, checkpoint.step, run.metrics_of(checkpoint.step), checkpoint.directory)
+
+
+def _say_how_to_go_on(stopped: Stopped, config: Config, run: RunDir, overrides: list[str]) -> None:
+    """In a line, which train.log has too."""
+    stopped.told = True
+    if stopped.checkpoint is None:
+        log.warning("%s, no checkpoint was written", stopped)
+        return
+    wandb = ["wandb.enable=true"] if config.wandb.enable else []
+    again = ["mode=resume", f"output_dir={run.path}", f"steps={config.steps}", *wandb]
+    if _is_finished(Checkpoint(stopped.checkpoint / "pretrained_model"), config):
+        log.warning("%s, the last: the run is finished, in %s", stopped, stopped.checkpoint)
+    else:
+        command = command_line(overrides if config.resume.auto else again)
+        log.warning("%s, saved %s; to go on: %s", stopped, stopped.checkpoint, command)
 
 
 def _say_what_next(config: Config, run: RunDir, overrides: list[str], film_strip: Path | None) -> None:
@@ -256,10 +221,10 @@ def _push(config: Config, checkpoint: Checkpoint, metrics: dict[str, float], ove
         log.info("pushed to %s", push(config, checkpoint.directory, metrics, command_line(overrides)))
 
 
-def _dagger(config: Config, overrides: list[str], choices: dict[str, str | None]) -> Result:
+def _dagger(config: Config, overrides: list[str], choices: dict[str, str | None], lock: Lock) -> Result:
     _check_can_push(config)
     run = RunDir(Path(config.output_dir))
-    fresh = not _goes_on(config, run)
+    fresh = not goes_on(config, run)
     if fresh:
         check_unused(run.path, config.overwrite, remedy="give another job_name= or output_dir=")
     from pusht_act.demos.collect import planner_options
@@ -267,33 +232,13 @@ def _dagger(config: Config, overrides: list[str], choices: dict[str, str | None]
     options = planner_options(config.demos)
     from pusht_act.dagger import dagger
 
-    last = dagger(config, options, overrides, choices, fresh)[-1]
+    last = dagger(config, options, overrides, choices, lock, fresh)[-1]
     _push(config, last.checkpoint, last.metrics, overrides)
     return Result(run.path, config.steps, last.metrics, last.checkpoint.directory)
 
 
-def _goes_on(config: Config, run: RunDir) -> bool:
-    """Whether `run` is a mode=dagger of this very configuration, as far as that decides the result.
-
-    Raises:
-        ValueError: it is one of another configuration.
-    """
-    begun, now = run.configuration(), plain(config)
-    if begun.get("mode") != Mode.dagger.value:
-        return False
-    was, given = (dict(pair for item in each.items() for pair in _flat(*item)) for each in (begun, now))
-    for key in sorted(was.keys() | given.keys()):
-        if was.get(key) != given.get(key) and not key.startswith(FREE_IN_DAGGER):
-            if config.overwrite:
-                return False
-            raise ValueError(
-                f"{key}={given.get(key)}: the rounds in output_dir={run.path} were made with {key}={was.get(key)}; "
-                f"give {key}={was.get(key)}, another output_dir=, or overwrite=true to move them aside"
-            )
-    return True
-
-
-def _evaluate(config: Config, checkpoint: Checkpoint, overrides: list[str]) -> Result:
+def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str]) -> Result:
+    assert checkpoint is not None
     from pusht_act.environments import environments
 
     step = checkpoint.step if checkpoint.training.is_dir() else 0

@@ -56,6 +56,10 @@ def _train_flags(config: Config) -> dict[str, Any]:
             f"policy.pretrained_path={path} has no equivalent: lerobot-train takes the statistics of the data set in "
             "place of the checkpoint's; leave it out"
         )
+    if config.train.precision == "bf16" and not config.policy.get("use_amp"):
+        raise ValueError(
+            "train.precision=bf16 has no equivalent: lerobot-train evaluates as it trains; give policy.use_amp=true"
+        )
     wandb = config.wandb
     return {
         **_section("dataset", {"video_backend": "pyav", **_given(config.dataset)}),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pusht_act.config import register
 from pusht_act.explain import explain
 from pusht_act.job import Result, execute
+from pusht_act.signals import Stopped, in_charge, listening
+from pusht_act.tokens import refuse_tokens
 
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
@@ -34,6 +37,12 @@ def _task(cfg: DictConfig) -> Any:
         if hydra_node.mode is RunMode.MULTIRUN or WANT_TRACEBACK:
             raise
         _exit(error)  # from here: Hydra would print a line of its own above ours
+    except Stopped as stopped:
+        if in_charge():  # that of `main`, where it ends a sweep too
+            raise
+        # A process of a launcher's: what it does about the signal, such as to have the job queued again, is its own.
+        signal.raise_signal(stopped.signal)
+        raise OSError(str(stopped)) from stopped
 
 
 def run(overrides: list[str]) -> Result:
@@ -41,6 +50,7 @@ def run(overrides: list[str]) -> Result:
 
     Raises:
         ValueError, OSError: what the command line prints as one line.
+        Stopped: by a signal, such as Ctrl-C; no `Exception`.
     """
     from hydra import compose, initialize_config_dir
 
@@ -59,20 +69,36 @@ def _execute(cfg: DictConfig, hydra_node: Any) -> Result:
     if hydra_node.mode is RunMode.MULTIRUN and not any(o.startswith("output_dir=") for o in overrides):
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
         cfg.output_dir = hydra_node.runtime.output_dir
-    return execute(cfg, overrides, dict(hydra_node.runtime.choices))
+    with listening():
+        return execute(cfg, overrides, dict(hydra_node.runtime.choices))
 
 
 def main() -> None:
     """The command `pusht-act`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line printed is ours
     try:
-        _task()
+        for argument in sys.argv[1:]:  # before Hydra: it would write a sweep's, and show what it cannot read
+            refuse_tokens(*argument.partition("=")[::2])
+        with listening():
+            _task()
+    except Stopped as stopped:
+        if not stopped.told:
+            print(f"pusht-act: {stopped}", file=sys.stderr)
+        _leave(stopped.code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(128 + signal.SIGINT)
     except USER_ERRORS as error:
         if WANT_TRACEBACK:
             raise
         _exit(error)
+
+
+def _leave(code: int) -> NoReturn:
+    """Without waiting for threads, or the seconds that taking torch apart takes."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -2,14 +2,16 @@
 
 import json
 import logging
-import math
 import os
-import socket
+import ssl
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import Request, getproxies, urlopen
 
+import torch
 from torch import Tensor
 
 from pusht_act.config import Config
@@ -23,35 +25,29 @@ class Window:
 
     def __init__(self, sums: dict[str, float] | None = None) -> None:
         self._sums: dict[str, Any] = dict(sums or {})
+        self._known_skipped = self._sums.get("skipped", 0.0)
 
-    def add(self, values: dict[str, Tensor | float]) -> None:
-        """One step's values."""
-        for key, value in values.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
-        self._sums["steps"] = self._sums.get("steps", 0) + 1
+    def add(self, values: dict[str, Tensor | float], skipped: Tensor) -> None:
+        """One step's values; they do not count where `skipped` is 1.0."""
+        for key, value in {**values, "steps": 1.0}.items():
+            self._sums[key] = self._sums.get(key, 0.0) + torch.where(skipped.bool(), 0.0, value)
+        self._sums["skipped"] = self._sums.get("skipped", 0.0) + skipped
 
     def sums(self) -> dict[str, float]:
         """Python numbers, to be saved and given back to `Window`."""
         return {key: float(value) for key, value in self._sums.items()}
 
     def means(self) -> dict[str, float]:
-        """The mean of each; empty before the first step."""
+        """The mean of each, and the number of steps skipped if there were any; empty before the first step."""
         sums = self.sums()
-        steps = sums.pop("steps", 0)
-        return {key: value / steps for key, value in sums.items()} if steps else {}
+        steps, skipped = sums.pop("steps", 0.0), sums.pop("skipped", 0.0)
+        means = {key: value / steps for key, value in sums.items()} if steps else {}
+        return {**means, "skipped": skipped} if skipped else means
 
-    def check_finite(self, step: int) -> None:
-        """Stop before weights that have broken are logged as progress or saved.
-
-        Raises:
-            ValueError: the loss became NaN or infinite since the last check.
-        """
-        loss = self.means().get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss became {loss} by step {step}: lower policy.optimizer_lr and go on with mode=resume from the "
-                "last checkpoint, which is sound"
-            )
+    def newly_skipped(self) -> int:
+        """The number of steps skipped since this was asked last; waits for the device."""
+        before, self._known_skipped = self._known_skipped, float(self._sums.get("skipped", 0.0))
+        return int(self._known_skipped - before)
 
 
 class Sink(Protocol):
@@ -71,9 +67,9 @@ class JsonLines:
     kept, and written when it does.
     """
 
-    def __init__(self, path: Path, resumed_at: int, pending: int | None = None) -> None:
+    def __init__(self, path: Path, resumed_at: int, pending: int | None = None, rollbacks: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _rewind(path, resumed_at, pending)
+        _rewind(path, resumed_at, pending, rollbacks)
         self._file = path.open("ab", buffering=0)  # a buffer that could not be written would be lost on closing
         self._unwritten = b""
 
@@ -94,10 +90,10 @@ class JsonLines:
         self._file.close()
 
 
-def _rewind(path: Path, resumed_at: int, pending: int | None) -> None:
+def _rewind(path: Path, resumed_at: int, pending: int | None, rollbacks: int) -> None:
     """Drop what the resumed run writes again, lines past its step and the evaluation that is `pending`; torn ones too.
 
-    That evaluation may have been logged between its run's last checkpoint and its end.
+    That evaluation may have been logged between its run's last checkpoint and its end; so may roll-backs to this step.
     """
     if not path.exists():
         return
@@ -105,7 +101,8 @@ def _rewind(path: Path, resumed_at: int, pending: int | None) -> None:
     for line in path.read_text(errors="replace").splitlines():
         try:
             values = json.loads(line)
-            if values["step"] <= resumed_at and not (values["step"] == pending and "eval/pc_success" in values):
+            again = values["step"] == pending and "eval/pc_success" in values
+            if values["step"] <= resumed_at and not again and values.get("rollback/number", 0) <= rollbacks:
                 kept.append(line + "\n")
         except ValueError:
             continue
@@ -114,9 +111,16 @@ def _rewind(path: Path, resumed_at: int, pending: int | None) -> None:
     part.replace(path)
 
 
+JSON = {"Content-Type": "application/json"}
+WANDB_INIT_S, WANDB_FINISH_S = 30.0, 60.0
+"""Seconds that W&B's server gets to take a run in, and to take the rest of its data at the end."""
+
+
 class Wandb:
     """A W&B run; what keeps it from its server puts it offline, and never stops the training or asks anything.
 
+    W&B writes a run to a file of its own first and sends that from another process, so that a server that fails, is
+    slow or goes away does not hold up a step; what was not sent in the end stays in that file.
     Its rows are the lines of metrics.jsonl; steps that a resumed run does again are there twice.
     """
 
@@ -138,26 +142,48 @@ class Wandb:
                        "steps": config.steps, "batch_size": config.batch_size},
             "job_type": "train_eval",
             "save_code": False,
+            "settings": wandb.Settings(
+                init_timeout=WANDB_INIT_S, finish_timeout=WANDB_FINISH_S, finish_timeout_raises=True
+            ),
         }  # fmt: skip
         run.path.mkdir(parents=True, exist_ok=True)
         if reason is None:
             try:
                 self._run = wandb.init(**options, mode="online")
-            except wandb.Error as error:  # such as a login that the server does not know
-                reason = " ".join(str(error).split())
+            except Exception as error:  # such as a login that the server does not know
+                reason = _said_by(error)
         if reason is not None:
             log.info("W&B: %s, so the run is kept here; `wandb sync %s/wandb/offline-run-*` sends it", reason, run.path)
             self._run = wandb.init(**options, mode="offline")
         self.run_id: str = self._run.id
+        self._files = Path(self._run.settings.sync_dir)
+        self._failed = False
         # W&B's own step only goes up; an evaluation in the background comes after later steps.
-        self._run.define_metric("train/*", step_metric="step")
-        self._run.define_metric("eval/*", step_metric="step")
+        for group in ("train", "eval", "rollback"):
+            self._run.define_metric(f"{group}/*", step_metric="step")
 
     def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
-        self._run.log({"step": step, **values})
+        if not self._failed:
+            self._try(lambda: self._run.log({"step": step, **values}))
 
     def close(self, failed: bool) -> None:  # noqa: D102
-        self._run.finish(exit_code=int(failed))
+        if not self._failed:
+            self._try(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _try(self, call: Callable[[], None]) -> None:
+        """Do `call`, if that is possible; the first failure is a line, and the last thing W&B is asked for."""
+        try:
+            call()
+        except Exception as error:  # wandb's own, and those of the process it talks to
+            self._failed = True
+            log.warning(
+                "W&B: %s: what it did not get is in %s (`wandb sync` sends that), metrics.jsonl has all of it",
+                _said_by(error), self._files,
+            )  # fmt: skip
+
+
+def _said_by(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _wandb_mode(config: Config) -> str:
@@ -172,21 +198,32 @@ def _unreachable(api: Any) -> str | None:
     if getproxies():
         return None
     try:
-        port = url.port or (80 if url.scheme == "http" else 443)
-        with socket.create_connection((url.hostname, port), timeout=5):
+        # A server may take a connection and say nothing, or only errors: wandb.init would wait for it without an end.
+        question = Request(f"{url.geturl().rstrip('/')}/graphql", b'{"query": "{ __typename }"}', JSON)
+        with urlopen(question, timeout=5):
             return None
+    except HTTPError as error:  # any other is an answer, such as that a login is needed
+        return f"{url.netloc} answers {error.code}" if error.code >= 500 else None
     except OSError as error:
-        return f"{url.netloc} cannot be reached ({error})"
+        reason = getattr(error, "reason", error)
+        return None if isinstance(reason, ssl.SSLError) else f"{url.netloc} cannot be reached ({reason})"
 
 
 class Metrics:
     """All sinks of a run, as a context manager."""
 
     def __init__(
-        self, config: Config, run: RunDir, resumed_at: int, wandb_run_id: str | None, pending: int | None = None
+        self,
+        config: Config,
+        run: RunDir,
+        resumed_at: int,
+        wandb_run_id: str | None,
+        pending: int | None = None,
+        rollbacks: int = 0,
     ) -> None:
         self.wandb_run_id = wandb_run_id
-        self._sinks: list[Sink] = [JsonLines(run.metrics, resumed_at, pending)]
+        self._path = run.metrics
+        self._sinks: list[Sink] = [JsonLines(self._path, resumed_at, pending, rollbacks)]
         if config.wandb.enable and _wandb_mode(config) != "disabled":
             wandb = Wandb(config, run, wandb_run_id)
             self.wandb_run_id = wandb.run_id
@@ -196,6 +233,12 @@ class Metrics:
         """`values` under `group/`, such as train/loss or eval/pc_success."""
         for sink in self._sinks:
             sink.log({f"{group}/{key}": value for key, value in values.items()}, step)
+
+    def rolled_back(self, step: int, pending: int | None, number: int, diverged_at: int) -> None:
+        """Drop the lines of steps that are done again after `step`, and log roll-back `number`."""
+        self._sinks[0].close(failed=False)
+        self._sinks[0] = JsonLines(self._path, step, pending, number - 1)
+        self.log("rollback", {"number": number, "diverged_at": diverged_at}, step)
 
     def __enter__(self) -> "Metrics":
         return self

@@ -45,7 +45,7 @@ def make_policy(config: ACTConfig) -> ACTPolicy:
         ValueError: the ImageNet weights of the backbone cannot be had.
     """
     try:
-        return ACTPolicy(config).to(config.device)
+        return _placed(ACTPolicy(config))
     except OSError as error:  # torchvision downloads by urllib, whose errors are OSErrors
         raise ValueError(
             f"policy.pretrained_backbone_weights={config.pretrained_backbone_weights} cannot be downloaded ({error}): "
@@ -70,7 +70,18 @@ def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
     except RuntimeError as error:  # keys or shapes differ
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} holds another policy than policy.* describes: {reason}") from error
-    return policy.to(config.device)
+    return _placed(policy)
+
+
+def _placed(policy: ACTPolicy) -> ACTPolicy:
+    """`policy` on its device. A GPU multiplies fp32 in TF32, as in stock training and evaluation.
+
+    Its convolutions want channels last; for an evaluation, too, or mode=eval would round otherwise than training.
+    """
+    if torch.device(policy.config.device).type != "cuda":
+        return policy.to(policy.config.device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return policy.to(policy.config.device, memory_format=torch.channels_last)
 
 
 def make_processors(config: ACTConfig, stats: dict[str, dict[str, Tensor]]) -> Processors:
@@ -119,21 +130,29 @@ def make_optimizer(policy: ACTPolicy, config: AdamWConfig) -> Optimizer:
     LeRobot reads only files of optimizers like its own.
     """
     optimizer: Optimizer = config.build(policy.get_optim_params())
-    optimizer.register_state_dict_post_hook(lambda _, state: _set_fused(state["param_groups"], None))
+    optimizer.register_state_dict_post_hook(_as_lerobots)
     optimizer.register_load_state_dict_post_hook(_fuse)
     _fuse(optimizer)
     return optimizer
 
 
 def _fuse(optimizer: Optimizer) -> None:
-    _set_fused(optimizer.param_groups, True)
+    """As the fused kernel needs it: it counts on the device, and all of a weight's tensors lie as the weight does."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
     for parameter, state in optimizer.state.items():
-        state["step"] = state["step"].to(parameter.device)  # where the fused kernel counts
+        for key, value in state.items():
+            state[key] = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
 
 
-def _set_fused(groups: list[dict[str, Any]], fused: bool | None) -> None:
-    for group in groups:
-        group["fused"] = fused
+def _as_lerobots(_: Optimizer, state: dict[str, Any]) -> None:
+    """What a file takes: plain memory, and not a word of the kernel."""
+    for group in state["param_groups"]:
+        group["fused"] = None
+    state["state"] = {
+        number: {key: value.contiguous() for key, value in moments.items()}
+        for number, moments in state["state"].items()
+    }
 
 
 def reapply_options(
@@ -155,7 +174,8 @@ def reapply_options(
             group["initial_lr"] = scheduler.base_lrs[i] = rate
 
 
-def autocast(policy: ACTPolicy) -> torch.autocast:
-    """bfloat16 where LeRobot's `policy.use_amp` asks for mixed precision."""
+def autocast(policy: ACTPolicy, precision: str | None = None) -> torch.autocast:
+    """bfloat16 or not, as `precision` says; None: where LeRobot's `policy.use_amp` asks for it, as in evaluations."""
     config = policy.config
-    return torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16, enabled=config.use_amp)
+    enabled = config.use_amp if precision is None else precision == "bf16"
+    return torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16, enabled=enabled)

@@ -7,32 +7,38 @@
   .last.new      a link about to be switched
 """
 
+import json
 import logging
 import os
 import re
 import shutil
+import threading
+from collections.abc import Collection
 from pathlib import Path
 
-from pusht_act.config import CheckpointsConfig
-from pusht_act.run_dir import RunDir
+from pusht_act.config import CheckpointsConfig, Config
+from pusht_act.run_dir import OURS, Checkpoint, RunDir
 
 log = logging.getLogger(__name__)
 
 LEFTOVER = re.compile(r"\.\d+\.(part|old)|\.(last|best)\.new")
+SWITCHING = threading.Lock()
+"""Held while a link is switched or leftovers are deleted: a save may be under way beside the training."""
 
 
 def link(run: RunDir, name: str, target: str) -> None:
     """Switch the symbolic link `name` atomically."""
     new = run.checkpoints / f".{name}.new"
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    new.replace(run.checkpoints / name)
+    with SWITCHING:
+        new.unlink(missing_ok=True)
+        new.symlink_to(target)
+        new.replace(run.checkpoints / name)
 
 
-def prune(run: RunDir, config: CheckpointsConfig, pending: int | None = None) -> None:
+def prune(run: RunDir, config: CheckpointsConfig, needed: Collection[int | None] = ()) -> None:
     """Remove what `config` does not keep, once `last` points at a whole checkpoint; what cannot go is left, in a line.
 
-    That of step `pending`, whose evaluation is under way, stays.
+    Those of the steps in `needed`, such as that whose evaluation is under way, stay.
     Folders past `last` belong to no present run of steps and are left alone.
     """
     last = linked(run, "last")
@@ -42,11 +48,29 @@ def prune(run: RunDir, config: CheckpointsConfig, pending: int | None = None) ->
     steps = [path for path in run.checkpoints.iterdir() if path.name.isdigit() and int(path.name) <= int(last.name)]
     for path in sorted(steps, key=lambda path: int(path.name), reverse=True)[config.keep_last :]:
         for_ever = config.keep_every and int(path.name) % config.keep_every == 0
-        if not for_ever and path not in (last, best) and int(path.name) != pending:
+        if not for_ever and path not in (last, best) and int(path.name) not in needed:
             try:
                 remove(path)
             except OSError as error:
                 log.warning("%s cannot be removed (%s): it stays", path, error.strerror)
+
+
+def settle(run: RunDir, config: Config, checkpoint: Checkpoint) -> None:
+    """Do what a run that was killed after the save of its last `checkpoint` has left undone."""
+    try:
+        state = json.loads((checkpoint.training / OURS).read_text())
+    except (OSError, ValueError):  # stock LeRobot's
+        return
+    folders = {int(path.name): path for path in run.checkpoints.iterdir() if path.name.isdigit()}
+    best = state["best"]["step"] if state["best"] else None
+    if best in folders and linked(run, "best") != folders[best]:
+        link(run, "best", folders[best].name)
+    every = [freq for freq in (config.save_freq, config.checkpoints.keep_every) if freq]
+    for step in {*state["spare"]} & folders.keys() - {best, checkpoint.step}:
+        if all(step % freq for freq in every):
+            remove(folders[step])
+    prune(run, config.checkpoints)
+    clear_leftovers(run)
 
 
 def linked(run: RunDir, name: str) -> Path | None:
@@ -75,9 +99,10 @@ def hide(path: Path) -> Path:
 
 def clear_leftovers(run: RunDir) -> None:
     """Delete what a killed save or removal has left."""
-    for path in run.checkpoints.iterdir():
-        if LEFTOVER.fullmatch(path.name):
-            _delete(path)
+    with SWITCHING:
+        for path in run.checkpoints.iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                _delete(path)
 
 
 def _delete(path: Path) -> None:

@@ -22,12 +22,15 @@ from typing import Any
 import yaml
 
 from pusht_act.integrity import MANIFEST, damage, differs
+from pusht_act.lock import is_lock
 
 log = logging.getLogger(__name__)
 
 PACKAGES = ("pusht-act", "lerobot", "torch", "torchvision", "gym-pusht", "pymunk", "hydra-core", "numpy", "av", "wandb")
 OURS = "pusht_act.json"
 """In a checkpoint's two folders, what LeRobot does not keep."""
+CONFIG_PART = ".config.yaml.part"
+"""config.yaml being written: the first file of a run."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,15 @@ class Checkpoint:
                 "it: give a checkpoint that a training run wrote"
             ) from error
 
+    @property
+    def pending(self) -> int | None:
+        """The step whose evaluation was under way when it was written; None, too, where that cannot be read."""
+        try:
+            pending: int | None = json.loads((self.training / OURS).read_text())["pending"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return pending
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -93,6 +105,17 @@ class RunDir:
     def log(self) -> Path:
         """What the console showed."""
         return self.path / "train.log"
+
+    def has_checkpoints(self) -> bool:
+        """Whether a checkpoint was ever saved here, sound or not."""
+        steps = (path.name.isdigit() for path in self.checkpoints.glob("*"))
+        return (self.checkpoints / "last").is_symlink() or any(steps)
+
+    def metrics_of(self, step: int) -> dict[str, float]:
+        """What metrics.jsonl has of `step`, without the groups' names and but the validation loss."""
+        lines = map(json.loads, self.metrics.read_text().splitlines())
+        values = {key: value for line in lines if line["step"] == step for key, value in line.items()}
+        return {key.partition("/")[2]: value for key, value in values.items() if key not in ("step", "eval/loss")}
 
     def configuration(self) -> dict[str, Any]:
         """config.yaml as the last start wrote it; empty when there is none that can be read."""
@@ -121,15 +144,19 @@ def check_unused(
         raise FileExistsError(f"output_dir={path} is the working directory or above it: give a folder of the run's own")
 
 
-def move_aside(path: Path) -> None:
-    """Rename a run directory in use to path.old-N; nothing is ever deleted."""
-    if _in_use(path):
-        names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
-        path.rename(next(name for name in names if not name.exists()))
+def move_aside(path: Path) -> Path | None:
+    """Rename a run directory in use to path.old-N, which is returned; nothing is ever deleted."""
+    if not _in_use(path):
+        return None
+    names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
+    return path.rename(next(name for name in names if not name.exists()))
 
 
 def _in_use(path: Path) -> bool:
-    return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    """A job that was killed before it wrote its configuration has left nothing that would be."""
+    return path.exists() and (
+        not path.is_dir() or any(not is_lock(each) and each.name != CONFIG_PART for each in path.iterdir())
+    )
 
 
 def find_checkpoint(path: str, key: str) -> Checkpoint:
@@ -227,7 +254,7 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    part = run.path / ".config.yaml.part"
+    part = run.path / CONFIG_PART
     try:
         part.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
         part.replace(run.path / "config.yaml")

@@ -2,17 +2,17 @@
 
 import json
 import logging
+import math
 import time
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs.train import TrainPipelineConfig
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -20,17 +20,17 @@ from pusht_act import checkpoint as checkpoints
 from pusht_act.checkpoint import LoopState, TrainingObjects
 from pusht_act.config import Config
 from pusht_act.data import (
-    Batch,
-    ResidentData,
     SampleOrder,
+    Samples,
     normalization_stats,
     open_dataset,
     policy_features,
     split_episodes,
 )
+from pusht_act.divergence import DivergedError, check
 from pusht_act.evaluate import Evaluation
-from pusht_act.evaluations import Evaluations, due, evaluating, unevaluated
-from pusht_act.lerobot_config import LeRobotConfig, train_pipeline_config
+from pusht_act.evaluations import due, evaluating, unevaluated
+from pusht_act.lerobot_config import LeRobotConfig
 from pusht_act.metrics import Metrics, Window
 from pusht_act.policy import (
     Processors,
@@ -44,9 +44,11 @@ from pusht_act.policy import (
     reapply_options,
 )
 from pusht_act.profiling import profiling
-from pusht_act.retention import prune
-from pusht_act.run_dir import Checkpoint, RunDir
+from pusht_act.run_dir import Checkpoint, RunDir, newest_sound
+from pusht_act.saving import saving
 from pusht_act.seeding import seed_initialisation, seed_training_noise
+from pusht_act.signals import deferred
+from pusht_act.step import Loss, TrainStep, loss_of, recorder_of
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +70,14 @@ class Setup:
     """Everything the loop needs, made once."""
 
     objects: TrainingObjects
-    data: ResidentData
+    data: Samples
     order: SampleOrder
+    loss: Loss
     held_out: Tensor
     """Frame numbers of the validation samples; empty without dataset.eval_split."""
     state: LoopState
+    start: Checkpoint | None = None
+    """Where `state` stood when this was made; None: the beginning."""
     unevaluated: Path | None = None
     """The weights of step `state.pending`, whose evaluation was cut short."""
 
@@ -105,14 +110,12 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
         processors = load_processors(lerobot.policy, loaded)
     if start is None:
         seed_training_noise(config.seed)
-    optimizer = make_optimizer(policy, lerobot.optimizer)
-    scheduler = lerobot.scheduler.build(optimizer, config.steps) if lerobot.scheduler else None
-    objects = TrainingObjects(policy, processors, optimizer, scheduler)
+    objects = _with_optimizer(config, lerobot, policy, processors)
     state = LoopState() if start is None else _resumed_state(config, lerobot, start, objects, order)
     held_out = torch.cat(
         [torch.arange(*frames.episodes[e]) for e in eval_episodes] or [torch.empty(0, dtype=torch.long)]
     )
-    data = ResidentData(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
+    data = Samples(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
     log.info(
         "%s: %d episodes, %d frames%s; ACT with %.1f M parameters on %s",
         frames.repo_id, len(train_episodes), len(order),
@@ -120,7 +123,46 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
         sum(p.numel() for p in policy.parameters()) / 1e6, lerobot.policy.device,
     )  # fmt: skip
     cut_short = unevaluated(start, state, config.steps) if start is not None else None
-    return Setup(objects, data, order, held_out, state, cut_short)
+    loss = loss_of(config.train, torch.device(str(lerobot.policy.device)))
+    return Setup(objects, data, order, loss, held_out, state, start, cut_short)
+
+
+def roll_back(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, diverged: DivergedError) -> Setup:
+    """`setup` as it stood at the newest sound checkpoint of its run, with another order of the data from there on.
+
+    Raises:
+        DivergedError: there is none, or this would be once more than train.max_rollbacks.
+    """
+    number, most = setup.state.rollbacks + 1, config.train.max_rollbacks
+    checkpoint = newest_sound(run, diverged.step)[0] or setup.start
+    remedy = "lower policy.optimizer_lr, or see whether the data set has values that are no numbers"
+    if checkpoint is None:
+        message = f"{diverged}, and there is no checkpoint to go back to: {remedy}"
+        raise DivergedError(message, diverged.step) from diverged
+    if number > most:
+        sound = f"{checkpoint.directory} is sound, mode=resume goes on from it"
+        message = f"{diverged}, after train.max_rollbacks={most} roll-backs: {remedy}; {sound}"
+        raise DivergedError(message, diverged.step) from diverged
+    log.warning(
+        "%s: going back to step %d, %s, and on with the data in another order (%d of train.max_rollbacks=%d)",
+        diverged, checkpoint.step, checkpoint.directory, number, most,
+    )  # fmt: skip
+    policy = load_policy(lerobot.policy, checkpoint.model)
+    processors = load_processors(lerobot.policy, checkpoint.model)
+    objects = _with_optimizer(config, lerobot, policy, processors)
+    state = _resumed_state(config, lerobot, checkpoint, objects, setup.order)
+    state.rollbacks, state.skipped = number, 0
+    setup.order.load_state_dict(setup.order.state_dict(), number)
+    cut_short = unevaluated(checkpoint, state, config.steps)
+    return replace(setup, objects=objects, state=state, start=checkpoint, unevaluated=cut_short)
+
+
+def _with_optimizer(
+    config: Config, lerobot: LeRobotConfig, policy: ACTPolicy, processors: Processors
+) -> TrainingObjects:
+    optimizer = make_optimizer(policy, lerobot.optimizer)
+    scheduler = lerobot.scheduler.build(optimizer, config.steps) if lerobot.scheduler else None
+    return TrainingObjects(policy, processors, optimizer, scheduler)
 
 
 def _check_fits(model: Path, policy: ACTConfig, repo_id: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
@@ -158,26 +200,9 @@ def _resumed_state(
         log.warning(
             "batch_size=%d, the checkpoint's was %d: the data order goes on where it was", config.batch_size, batch_size
         )
-    order.load_state_dict(state.sampler or order.state_at(state.step, batch_size or config.batch_size, processes))
+    position = state.sampler or order.state_at(state.step, batch_size or config.batch_size, processes)
+    order.load_state_dict(position, state.rollbacks)
     return state
-
-
-def train_step(objects: TrainingObjects, batch: Batch, grad_clip_norm: float) -> dict[str, Tensor]:
-    """One optimizer step on a normalized batch.
-
-    Returns:
-        loss, its parts and the gradient's norm before clipping, as tensors on the device: reading one waits for it.
-    """
-    policy = objects.policy.train()
-    with autocast(policy):
-        loss, parts = act_loss(policy, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
-    grad_norm = clip_grad_norm_(policy.parameters(), grad_clip_norm if grad_clip_norm > 0 else float("inf"))
-    objects.optimizer.step()
-    objects.optimizer.zero_grad()
-    if objects.scheduler is not None:
-        objects.scheduler.step()
-    return {"loss": loss.detach(), **parts, "grad_norm": grad_norm}
 
 
 def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any]) -> Training:
@@ -186,37 +211,61 @@ def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, rec
     `record` is kept in every checkpoint, so that it can be resumed and evaluated on its own.
 
     Raises:
-        ValueError: the loss is no longer finite.
+        DivergedError: training did, and going back to a checkpoint has not helped or is not possible.
         OSError: the last checkpoint cannot be written; one before that fails is a warning.
+        Stopped: by a signal, at the end of a step, which is saved.
     """
+    state = setup.state
+    with Metrics(config, run, state.step, state.wandb_run_id, state.pending, state.rollbacks) as metrics:
+        while True:
+            try:
+                return _train(config, lerobot, setup, run, record, metrics)
+            except DivergedError as diverged:
+                setup = roll_back(config, lerobot, setup, run, diverged)
+                state = setup.state
+                metrics.rolled_back(state.step, state.pending, state.rollbacks, diverged.step)
+
+
+def _train(
+    config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any], metrics: Metrics
+) -> Training:
     objects, state, order = setup.objects, setup.state, setup.order
     policy, processors = objects.policy, objects.processors
-    window, saved = Window(state.window), None
+    window = Window(state.window)
     means: dict[str, float] = {}
+    state.wandb_run_id = metrics.wandb_run_id
+    take_step = make_step(config, lerobot, setup)
     with (
-        Metrics(config, run, state.step, state.wandb_run_id, state.pending) as metrics,
         _Progress(config, state.step) as progress,
         profiling(config.train.profile, run, objects) as profile,
         evaluating(config, lerobot.env, objects, state, run, metrics) as evaluations,
+        saving(config, lerobot, run, objects, state, record, evaluations) as saver,
+        closing(setup.data.in_order(order, config.batch_size)) as inputs,
+        deferred() as stop,
     ):
-        state.wandb_run_id = metrics.wandb_run_id
-        train_config = train_pipeline_config(config, lerobot, state.wandb_run_id)
         if setup.unevaluated is not None:
             evaluations.begin_again(setup.unevaluated)
+            if config.save_checkpoint and state.step == config.steps and state.pending is None:
+                saver.begin()
         for step in range(state.step + 1, config.steps + 1):
             began = time.perf_counter()
-            batch = processors.pre(setup.data.batch(order.next_batch(config.batch_size)))
+            batch = take_step.batch(next(inputs))
             fetched = time.perf_counter()
             profile.end("data")
-            losses = train_step(objects, batch, lerobot.optimizer.grad_clip_norm)
+            losses = take_step(batch)
             profile.end("optimizer")
-            window.add({**losses, "dataloading_s": fetched - began})
+            skipped = losses.pop("skipped")
+            window.add({**losses, "dataloading_s": fetched - began}, skipped)
             progress.update(time.perf_counter() - began)
 
             last = step == config.steps
-            if due(step, config.log_freq) or last:
+            logs = due(step, config.log_freq) or last
+            evaluates = evaluations.due(step)
+            saves = due(step, config.save_freq) or last
+            if logs or evaluates or saves:
+                check(config.train, objects, state, window, batch if evaluates or saves else None, step)
+            if logs:
                 means = {**window.means(), "lr": objects.optimizer.param_groups[0]["lr"]}
-                window.check_finite(step)
                 metrics.log("train", {**means, "samples_per_s": progress.rate * config.batch_size}, step)
                 progress.report(step, means)
                 window = Window()
@@ -225,22 +274,32 @@ def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, rec
                 loss = validation_loss(policy, processors, setup.data, setup.held_out, config.batch_size)
                 metrics.log("eval", {"loss": loss}, step)
                 log.info("step %d: validation loss %.4f", step, loss)
-            evaluates = due(step, config.eval_freq) or (last and config.eval_freq > 0)
+            saver.collect(wait=evaluates)  # what was not saved cannot be the best
             evaluations.collect(wait=evaluates or last)
             if evaluates:
                 evaluations.begin(step)
             profile.end("eval")
-            saves = due(step, config.save_freq) or last or evaluations.wants_checkpoint(step)
-            if config.save_checkpoint and saves:
-                window.check_finite(step)
+            stops = stop.asked  # from here on a signal is the next step's
+            if stops and not saves:
+                check(config.train, objects, state, window, batch, step)
+            if config.save_checkpoint and (saves or evaluations.wants_checkpoint(step, stops)):
                 state.step, state.sampler, state.window = step, order.state_dict(), window.sums()
-                saved = _save(config, run, objects, state, train_config, record, evaluations) or saved
+                saver.begin()
             profile.end_step("saving")
-    return Training(config.steps, means, saved, evaluations.newest)
+            if stops:
+                stop.check(step, saver.finished())
+    return Training(config.steps, means, saver.newest, evaluations.newest)
+
+
+def make_step(config: Config, lerobot: LeRobotConfig, setup: Setup) -> TrainStep:
+    """The step of the loop, on the objects of `setup`."""
+    recorder = recorder_of(config.train, torch.device(str(lerobot.policy.device)))
+    clip, precision = lerobot.optimizer.grad_clip_norm, config.train.precision
+    return TrainStep(setup.objects, setup.data, config.batch_size, clip, precision, setup.loss, recorder)
 
 
 def validation_loss(
-    policy: ACTPolicy, processors: Processors, data: ResidentData, indices: Tensor, batch_size: int
+    policy: ACTPolicy, processors: Processors, data: Samples, indices: Tensor, batch_size: int
 ) -> float:
     """Mean loss over the held-out frames in eval mode, batch by batch as stock LeRobot takes it (no KL term)."""
     policy.eval()
@@ -248,34 +307,6 @@ def validation_loss(
         losses = [act_loss(policy, processors.pre(data.batch(part)))[0] for part in torch.split(indices, batch_size)]
     policy.train()
     return float(torch.stack(losses).mean())
-
-
-def _save(
-    config: Config,
-    run: RunDir,
-    objects: TrainingObjects,
-    state: LoopState,
-    train_config: TrainPipelineConfig,
-    record: dict[str, Any],
-    evaluations: Evaluations,
-) -> Checkpoint | None:
-    """The checkpoint of `state`, saved; None, with a warning, where that fails and a later save can try again.
-
-    Raises:
-        OSError: the run's last checkpoint cannot be written.
-    """
-    try:
-        saved = checkpoints.save(run, objects, state, train_config, record)
-    except OSError as error:
-        if state.step == config.steps:
-            raise
-        log.warning("step %d: %s; training goes on and the next save tries again", state.step, error)
-        evaluations.not_saved(state.step)
-        return None
-    log.info("step %d: saved %s", state.step, saved.directory)
-    evaluations.saved()
-    prune(run, config.checkpoints, state.pending)
-    return saved
 
 
 class _Progress:
@@ -301,12 +332,14 @@ class _Progress:
     def report(self, step: int, means: dict[str, float]) -> None:
         """The means, the rate and the time left, as a line and beside the bar."""
         left = time.strftime("%H:%M:%S", time.gmtime((self._steps - step) / max(self.rate, 1e-9)))
+        seen = {"loss": math.nan, "grad_norm": math.nan, "dataloading_s": 0.0, **means}  # all may have been skipped
         log.info(
-            "step %d/%d: loss %.4f, gradient norm %.2f, lr %.1e, %.1f steps/s (data %.0f %%), %s left",
-            step, self._steps, means["loss"], means["grad_norm"], means["lr"], self.rate,
-            100 * means["dataloading_s"] * self.rate, left,
+            "step %d/%d: loss %.4f, gradient norm %.2f, lr %.1e, %.1f steps/s (data %.0f %%), %s left%s",
+            step, self._steps, seen["loss"], seen["grad_norm"], seen["lr"], self.rate,
+            100 * seen["dataloading_s"] * self.rate, left,
+            f"; {seen['skipped']:.0f} skipped, their loss or gradient was not finite" if "skipped" in seen else "",
         )  # fmt: skip
-        self._bar.set_postfix(loss=f"{means['loss']:.4f}")
+        self._bar.set_postfix(loss=f"{seen['loss']:.4f}")
         self._count, self._seconds = 0, 0.0
 
     def __enter__(self) -> "_Progress":

@@ -1,7 +1,8 @@
 """What the tests share: one thread, a cache of their own, small data sets, a tiny run."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two threads on a busy machine wait for each other
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import pusht_act
+from benchmarks.forked import Commands
 from pusht_act.job import Result
 
 HUMAN = Path(__file__).parents[2] / "shared" / "data"
@@ -52,6 +54,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def _no_log_left_open() -> Iterator[None]:
+    """The command gives the root logger a console: here a test's captured stream, which is closed after it."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 @pytest.fixture
 def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
@@ -67,6 +79,13 @@ def tiny(tmp_path: Path) -> Callable[..., Result]:
         return pusht_act.run(tiny_command(f"output_dir={tmp_path / 'run'}", *overrides))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def commands(cache: Path) -> Iterator[Commands]:
+    """The command in processes of its own, without their seconds of imports."""
+    with Commands() as commands:
+        yield commands
 
 
 @pytest.fixture

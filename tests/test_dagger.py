@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from lerobot.envs.configs import PushtEnv
 from safetensors.torch import load_file
 
 import pusht_act
-from pusht_act import train
+from pusht_act import step as step_module
 from pusht_act.data import split_episodes
 from pusht_act.demos import embedded, labels
 from pusht_act.demos.demonstrator import label
@@ -28,6 +27,7 @@ from pusht_act.demos.replay import make_env, replay, reset_to
 from pusht_act.environments import Here
 from pusht_act.evaluate import rollout, task_of
 from pusht_act.job import Result
+from pusht_act.lock import locked
 from tests.conftest import TINY
 from tests.test_evaluate import policy_for
 from tests.test_train import assert_same_bits, metrics
@@ -183,7 +183,7 @@ def test_stopped_while_labelling_and_in_a_round_it_comes_to_the_same_bits(
         return counted
 
     # In round 0 before and after its first checkpoint; in the second rollout's labels; in round 1 after a checkpoint.
-    monkeypatch.setattr(train, "train_step", dying("step", train.train_step, {2, 6, 11}))
+    monkeypatch.setattr(step_module, "train_step", dying("step", step_module.train_step, {2, 6, 11}))
     monkeypatch.setattr(labels, "label", dying("label", label, {4}))
     stops = 0
     while True:
@@ -202,7 +202,7 @@ def test_stopped_while_labelling_and_in_a_round_it_comes_to_the_same_bits(
 
 
 def test_what_is_finished_is_read(copy: Path, undisturbed: Result, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "train_step", None)
+    monkeypatch.setattr(step_module, "train_step", None)
     again = dagger(copy)
     assert again.metrics == undisturbed.metrics
     assert again.checkpoint == copy / "round-1/checkpoints/000004"
@@ -265,7 +265,7 @@ def test_a_folder_in_use_otherwise_is_refused(copy: Path, tmp_path: Path) -> Non
     (tmp_path / "other" / "file").touch()
     with pytest.raises(FileExistsError, match="is in use: give another job_name= or output_dir="):
         dagger(tmp_path / "other")
-    with FileLock(copy / "lock"), pytest.raises(FileExistsError, match="written by another process"):
+    with locked(copy), pytest.raises(FileExistsError, match="is being written by process"):
         dagger(copy)
 
 

@@ -1,6 +1,7 @@
 """Data: what the cache holds, the order of samples, batches equal to LeRobot's, damaged files."""
 
 import json
+import logging
 import shutil
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ from lerobot.datasets.sampler import EpisodeAwareSampler, compute_sampler_state
 
 from pusht_act import lerobot_dataset
 from pusht_act.cache import Frames, cache_root
-from pusht_act.data import ResidentData, SampleOrder, normalization_stats, split_episodes
+from pusht_act.data import SampleOrder, Samples, normalization_stats, split_episodes
 from pusht_act.lerobot_dataset import open_frames
 
 
@@ -46,7 +47,7 @@ def test_batches_equal_lerobots_samples(kind: str, request: pytest.FixtureReques
     stock = LeRobotDataset(
         "local/tiny", root, video_backend="pyav", delta_timestamps={"action": [i / 10 for i in range(chunk)]}
     )
-    batch = ResidentData(frames, chunk, "cpu").batch(torch.arange(len(frames)))
+    batch = Samples(frames, chunk, "cpu").batch(torch.arange(len(frames)))
     for i in range(len(frames)):
         sample = stock[i]
         for key, values in batch.items():
@@ -117,7 +118,7 @@ def test_actions_past_an_episodes_end_are_its_last_and_marked(lengths: list[int]
     frames = made_up(lengths)
     index %= len(frames)
     start, stop = next(b for b in frames.episodes.tolist() if b[0] <= index < b[1])
-    batch = ResidentData(frames, chunk, "cpu").batch(torch.tensor([index]))
+    batch = Samples(frames, chunk, "cpu").batch(torch.tensor([index]))
     wanted = np.arange(index, index + chunk)
     assert batch["action"][0, :, 0].tolist() == np.minimum(wanted, stop - 1).tolist()
     assert batch["action_is_pad"][0].tolist() == (wanted >= stop).tolist()
@@ -245,3 +246,37 @@ def test_another_format_version_is_refused(keypoints_dataset: Path, tmp_path: Pa
     (root / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
     with pytest.raises(ValueError, match="format v2.1, this reads v3.0: convert"):
         open_frames(config(root))
+
+
+def test_pictures_that_do_not_fit_the_device_give_the_same_batches(
+    image_dataset: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Read from the map some batches ahead; the order counts those that were taken."""
+    frames = open_frames(config(image_dataset))
+    with caplog.at_level(logging.INFO):
+        resident, read = Samples(frames, 5, "cpu"), Samples(frames, 5, "cpu", room=1e6)
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "pusht_act.data"]
+    assert said == "the pictures take 0.00196 GB, cpu has room for 0.001: they are read from the cache, 4 batches ahead"
+    orders = SampleOrder(frames, [0, 1, 2], 3), SampleOrder(frames, [0, 1, 2], 3)
+    streams = resident.in_order(orders[0], 20), read.in_order(orders[1], 20)
+    for step in range(9):  # over two epochs
+        batches = resident.gather(next(streams[0])), read.gather(next(streams[1]))
+        assert batches[0].keys() == batches[1].keys()
+        assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+        assert orders[0].state_dict() == orders[1].state_dict()
+        if step == 5:  # a resumed run
+            streams[1].close()
+            orders[1].load_state_dict(orders[0].state_dict())
+            streams = streams[0], read.in_order(orders[1], 20)
+    indices = torch.tensor([70, 0, 33])
+    assert torch.equal(read.batch(indices)["observation.image"], resident.batch(indices)["observation.image"])
+
+
+def test_pictures_are_on_the_device_if_they_fit(image_dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = open_frames(config(image_dataset))
+    size = frames.arrays["observation.image"].nbytes
+    with caplog.at_level(logging.INFO):
+        for room, stay in ((size, True), (size - 1, False)):
+            caplog.clear()
+            Samples(frames, 5, "cpu", room=room)
+            assert ("read from the cache" not in caplog.text) is stay

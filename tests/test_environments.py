@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pusht_act.config import EvalConfig
 from pusht_act.environments import Environments, Here, Workers, environments
 from pusht_act.evaluate import Rollout, rollout, task_of
 from pusht_act.job import Result
+from pusht_act.signals import STOPPING
 from tests.conftest import TINY
 from tests.test_evaluate import policy_for
 
@@ -101,12 +103,12 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_ctrl_c_is_not_for_workers_and_one_that_is_killed_is_an_error_of_one_line() -> None:
+def test_signals_are_not_for_workers_and_one_that_is_killed_is_an_error_of_one_line() -> None:
     workers = Workers(2)
-    rolled_out(workers, KINDS[1], [1, 2])
-    for process in workers._processes:
-        process.send_signal(signal.SIGINT)
-    rolled_out(workers, KINDS[1], [1, 2])
+    for moment in ("born", "at work"):
+        for process, number in product(workers._processes, STOPPING):
+            process.send_signal(number)
+        assert len(rolled_out(workers, KINDS[1], [1, 2]).episodes) == 2, moment
     workers._processes[1].kill()
     with pytest.raises(OSError, match=r"^a process of the evaluation was killed, .*a smaller eval.workers") as caught:
         rolled_out(workers, KINDS[1], [1, 2])

@@ -10,13 +10,13 @@ import torch
 
 import pusht_act
 from pusht_act.explain import explain
-from pusht_act.main import CONFIG_DIR, USER_ERRORS
+from pusht_act.main import CONFIG_DIR, USER_ERRORS, main
 from tests.conftest import TINY, tiny_command
 
 NOBODYS = "nobody/has-put-this-on-the-hub"
 
-# The command line, then what its one line must contain. These are refused before anything is imported.
-REFUSED_AT_ONCE = [
+# The command line, then what its one line must contain: the key with the value given, and the remedy.
+REFUSED = [
     # names that are not there
     ("foo=1", "foo is unknown", "--cfg job"),
     ("+foo.bar=1", "foo is unknown", "--cfg job"),
@@ -62,6 +62,7 @@ REFUSED_AT_ONCE = [
     *((f"{key}=0", f"{key}=0", "give 1 or more") for key in ("steps", "batch_size", "eval.n_episodes")),
     *((f"{key}=-1", f"{key}=-1", "give 0 or more") for key in ("seed", "eval_freq", "save_freq", "eval.n_videos")),
     *((f"checkpoints.{key}=-1", f"checkpoints.{key}=-1", "give 0 or more") for key in ("keep_last", "keep_every")),
+    *((f"train.{key}=-1", f"train.{key}=-1", "give 0 or more") for key in ("max_nonfinite", "max_rollbacks")),
     ("eval.workers=-1", "eval.workers=-1", "give 0 or more"),
     ("policy.chunk_size=0", "policy.chunk_size=0", "give 1 or more"),
     ("policy.n_action_steps=-4", "policy.n_action_steps=-4", "give 1 or more"),
@@ -128,10 +129,51 @@ REFUSED_AT_ONCE = [
     ("dagger.rounds=2", "dagger.rounds=2", "mode=dagger"),
     ("mode=eval checkpoint=x dagger.labels=[x]", "dagger.labels=['x']", "mode=dagger"),
     ("dagger.labels=[x] print_lerobot_command=true", "dagger.labels=['x']", "leave them out"),
-]
-
-# After a run of TINY; these need LeRobot to be judged.
-REFUSED_BY_LEROBOT = [
+    # the new options of a run that cannot be stopped for good
+    ("resume.auto=maybe", "resume.auto=maybe", "give true or false"),
+    ("resume.auto=2", "resume.auto=2", "give true or false"),
+    ("resume.auto=null", "resume.auto=null", "must have a value"),
+    *(
+        (f"{mode} resume.auto=true", "resume.auto=True is for mode=test and mode=full", "leave it out")
+        for mode in ("mode=resume", "mode=dagger", "mode=eval checkpoint=x", "mode=demos")
+    ),
+    ("resume.path=x resume.auto=true", "resume.path=x", "mode=resume"),
+    ("resume=auto", "resume=auto", "did you mean mode=resume?"),
+    *(
+        (f"train.{key}={value}", f"train.{key}={value}", remedy)
+        for key in ("max_nonfinite", "max_rollbacks")
+        for value, remedy in (("many", "whole number"), ("1.5", "whole number"), ("null", "must have a value"))
+    ),
+    *(
+        (f"{mode} {given}", f"{given} is for training, which {mode.split()[0]} does not do", "leave it out")
+        for mode in ("mode=eval checkpoint=x", "mode=demos")
+        for given in ("train.max_nonfinite=3", "train.max_rollbacks=3", "checkpoints.keep_last=3")
+    ),
+    ("mode=demos checkpoints.background=false", "checkpoints.background=False is for training", "leave it out"),
+    ("checkpoints.background=perhaps", "checkpoints.background=perhaps", "give true or false"),
+    ("checkpoints.background=3", "checkpoints.background=3", "give true or false"),
+    ("checkpoint.background=false", "checkpoint.background=false", "did you mean checkpoints.background?"),
+    ("train=3", "train=3", "give one of its keys"),
+    ("train.max_nan=3", "train.max_nan", "did you mean train.max_nonfinite?"),
+    ("train.profile=true steps=5", "steps=5", "train.profile=true", "give 25 or more"),
+    # numbers that are none
+    *(
+        (f"{key}={value}", f"{key.strip('+')}={value}", "give 0 or more")
+        for key in ("policy.optimizer_lr", "policy.kl_weight", "+optimizer.grad_clip_norm")
+        for value in ("nan", "inf", "-inf")
+    ),
+    ("+scheduler.peak_lr=nan", "scheduler.peak_lr=nan", "give one above 0"),
+    ("+scheduler.peak_lr=inf", "scheduler.peak_lr=inf", "give one above 0"),
+    ("dataset.eval_split=nan", "dataset.eval_split=nan", "from 0 up to"),
+    ("mode=demos demos.coverage=nan", "demos.coverage=nan", "0.97"),
+    ("steps=inf", "steps=inf", "give a whole number"),
+    ("batch_size=true", "batch_size=true", "give a whole number"),
+    ("policy.chunk_size=3.5", "policy.chunk_size=3.5", "give a whole number"),
+    ("policy.dim_model=1e3", "policy.dim_model=1000.0", "give a whole number"),
+    ("wandb.entity=[1]", "wandb.entity=[1]", "give one text"),
+    ("mode=eval checkpoint=[x]", "checkpoint=[x]", "give one text"),
+    # after a run of TINY; these need LeRobot to be judged
+    *((" ".join(tiny_command(*row[0].split(" "))), *row[1:]) for row in [
     ("+policy.dropuot=0.2", "policy.dropuot", "did you mean policy.dropout?"),
     ("+policy.dropout=abc", "policy.dropout=abc", "float"),
     ("+policy.dropout=2", "policy.dropout=2", "from 0 up to"),
@@ -166,7 +208,8 @@ REFUSED_BY_LEROBOT = [
     ("dataset=pusht_keypoints dataset.root=/nowhere", "dataset.root=/nowhere", "dataset.root=PATH"),
     (f"mode=eval checkpoint={NOBODYS}", f"checkpoint={NOBODYS}", "give a path"),
     ("output_dir=/proc/run", "output_dir=/proc/run", "where you may write"),
-]
+    ]),
+]  # fmt: skip
 
 
 def line(*overrides: str) -> str:
@@ -182,9 +225,32 @@ def check(printed: str, fragments: tuple[str, ...], folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize(("overrides", "fragments"), [(c[0], c[1:]) for c in REFUSED_AT_ONCE], ids=str)
-def test_refused_at_once(overrides: str, fragments: tuple[str, ...], in_tmp: Path) -> None:
-    check(line(*overrides.split(" ")), fragments, in_tmp)
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [pytest.param(row[0], row[1:], id=row[0].removeprefix(" ".join(TINY)).strip()) for row in REFUSED],
+)
+def test_bad_input_is_refused_in_one_line(
+    overrides: str,
+    fragments: tuple[str, ...],
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it: to be put back
+    monkeypatch.setattr(sys, "argv", ["pusht-act", *overrides.split(" ")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = left.value.code  # a text: Python then prints it on stderr and exits with 1
+    assert isinstance(printed, str)
+    assert printed.startswith("pusht-act: ")
+    check(printed, fragments, in_tmp)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [text for text in err.splitlines() if " INFO " not in text] == []
+
+
+def test_the_table_is_long() -> None:
+    assert len({row[0] for row in REFUSED}) == len(REFUSED) >= 60
 
 
 @pytest.mark.parametrize(
@@ -199,11 +265,6 @@ def test_refused_at_once(overrides: str, fragments: tuple[str, ...], in_tmp: Pat
 )
 def test_an_option_that_has_a_use_gets_past_the_checks_for_it(overrides: str, in_tmp: Path) -> None:
     check(line(*overrides.split(" "), "steps=0"), ("steps=0 is too small",), in_tmp)
-
-
-@pytest.mark.parametrize(("overrides", "fragments"), [(c[0], c[1:]) for c in REFUSED_BY_LEROBOT], ids=str)
-def test_refused_by_lerobot(overrides: str, fragments: tuple[str, ...], in_tmp: Path) -> None:
-    check(line(*tiny_command(*overrides.split(" "))), fragments, in_tmp)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

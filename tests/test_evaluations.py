@@ -12,7 +12,8 @@ import pytest
 
 import pusht_act
 from pusht_act import checkpoint as checkpoints
-from pusht_act import evaluations, train
+from pusht_act import evaluations
+from pusht_act import step as step_module
 from pusht_act.evaluate import Evaluation
 from pusht_act.job import Result
 from tests.test_train import assert_same_bits, metrics
@@ -36,9 +37,9 @@ class Late:
         self.steps_meanwhile: list[int] = []
         self._step, self._asked = 0, 0
         self._open, self._done = threading.Event(), threading.Event()
-        self._evaluate, self._train_step = evaluations.evaluate, train.train_step
+        self._evaluate, self._train_step = evaluations.evaluate, step_module.train_step
         patch.setattr(evaluations, "evaluate", self.evaluate)
-        patch.setattr(train, "train_step", self.train_step)
+        patch.setattr(step_module, "train_step", self.train_step)
         patch.setattr(evaluations.Evaluations, "_start", self.starting(evaluations.Evaluations._start))
 
     def starting(self, start: Any) -> Any:
@@ -191,10 +192,10 @@ def test_without_a_checkpoint_there_is_no_best(
 ) -> None:
     save, best = checkpoints.save, outcome(waited)["best"]
 
-    def failing(run: Any, objects: Any, state: Any, *rest: Any) -> Any:
-        if state.step == int(best):
+    def failing(run: Any, snapshot: Any, *rest: Any) -> Any:
+        if snapshot.state.step == int(best):
             raise OSError("no room")
-        return save(run, objects, state, *rest)
+        return save(run, snapshot, *rest)
 
     monkeypatch.setattr(checkpoints, "save", failing)
     for lag, background in ((0, False), (0, True), (2, True)):

@@ -39,29 +39,39 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @given(losses=LOSSES, data=st.data())
 def test_means_do_not_depend_on_where_a_checkpoint_was_taken(losses: list[float], data: st.DataObject) -> None:
-    whole, broken = Window(), Window()
+    whole, broken, finite = Window(), Window(), []
     stop = data.draw(st.integers(0, len(losses)))
     for step, loss in enumerate(losses):
         if step == stop:
             broken = Window(json.loads(json.dumps(broken.sums())))
+        skipped = data.draw(st.booleans())
+        finite += [] if skipped else [loss]
         for window in (whole, broken):
-            window.add({"loss": torch.tensor(loss), "dataloading_s": loss / 7})
+            values = {"loss": torch.tensor(torch.nan if skipped else loss), "dataloading_s": loss / 7}
+            window.add(values, torch.tensor(float(skipped)))
     assert broken.means() == whole.means()  # to the bit: a resumed run repeats its log
-    assert whole.means()["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4, abs=1)
+    assert whole.means().get("skipped", 0) == len(losses) - len(finite)
+    if finite:
+        assert whole.means()["loss"] == pytest.approx(sum(finite) / len(finite), rel=1e-4, abs=1)
 
 
 def test_an_empty_window_has_no_means() -> None:
     assert Window().means() == {}
 
 
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_stops_the_run_with_a_remedy(broken: float) -> None:
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_a_window_of_skipped_steps_has_their_number_alone(skipped: float) -> None:
     window = Window()
-    window.add({"loss": torch.tensor(1.0)})
-    window.check_finite(1)
-    window.add({"loss": torch.tensor(broken)})
-    with pytest.raises(ValueError, match=r"loss became .* by step 2: lower policy.optimizer_lr .* mode=resume"):
-        window.check_finite(2)
+    for _ in range(3):
+        window.add({"loss": torch.tensor(torch.nan if skipped else 2.0)}, torch.tensor(skipped))
+    assert window.means() == ({"skipped": 3.0} if skipped else {"loss": 2.0})
+    assert window.newly_skipped() == 3 * skipped
+    assert window.newly_skipped() == 0
+    window.add({"loss": torch.tensor(torch.nan)}, torch.tensor(1.0))
+    resumed = Window(window.sums())
+    assert window.newly_skipped() == 1
+    resumed.add({"loss": torch.tensor(torch.nan)}, torch.tensor(1.0))
+    assert resumed.newly_skipped() == 1, "those before are counted in LoopState"
 
 
 def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
@@ -91,6 +101,23 @@ def test_a_resume_drops_the_evaluation_that_it_does_again_and_nothing_else_of_it
     sink.close()
     JsonLines(tmp_path / "metrics.jsonl", resumed_at=3, pending=2).close()
     assert [(line["step"], list(line)[1]) for line in lines(tmp_path / "metrics.jsonl")] == logged[:-1]
+
+
+@pytest.mark.parametrize(("resumed_at", "rollbacks", "kept"), [(4, 0, []), (4, 1, [1]), (9, 2, [1, 2]), (3, 1, [])])
+def test_a_resume_keeps_the_lines_of_roll_backs_that_its_checkpoint_knows_of(
+    resumed_at: int, rollbacks: int, kept: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
+        for step in range(1, 7):
+            metrics.log("train", {"loss": 0.5}, step)
+        metrics.rolled_back(4, None, number=1, diverged_at=7)
+        assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4]
+        metrics.rolled_back(4, None, number=2, diverged_at=8)
+        metrics.log("train", {"loss": 0.5}, 5)
+    JsonLines(path, resumed_at, None, rollbacks).close()
+    assert [line["rollback/number"] for line in lines(path) if "rollback/number" in line] == kept
+    assert [line["step"] for line in lines(path) if "train/loss" in line] == [1, 2, 3, 4, 5][:resumed_at]
 
 
 def test_bytes_that_a_power_cut_left_behind_are_dropped(tmp_path: Path) -> None:
@@ -176,7 +203,7 @@ def test_a_result_that_comes_late_is_drawn_at_its_own_step(tmp_path: Path, nobod
     assert rows == [{"step": step, f"{group}/value": step} for group, step in logged]
     axes = {record.metric.glob_name or record.metric.name: record.metric.step_metric
             for record in records(offline_runs(tmp_path)[0]) if record.HasField("metric")}  # fmt: skip
-    assert axes.items() >= {("train/*", "step"), ("eval/*", "step")}
+    assert axes.items() >= {("train/*", "step"), ("eval/*", "step"), ("rollback/*", "step")}
 
 
 def test_a_resume_without_wandb_keeps_the_run_for_a_later_one(tmp_path: Path, nobody: None) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import signal
 import struct
 import threading
 import zipfile
@@ -32,6 +31,7 @@ from pusht_act.demos.demonstrator import Demonstration, demonstrate
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.demos.replay import Start
 from pusht_act.demos.starts import shown
+from pusht_act.signals import withheld
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +124,6 @@ def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[S
     if workers == 1:
         yield lambda start: partial(_kept_or_made, folder, options, start)
         return
-    # spawn, since the caller may hold threads or a GPU, which do not survive a fork
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), tie_to_parent)
 
     def submit(start: Start) -> Callable[[], Demonstration]:
         there = _path(folder, start).exists()
@@ -136,19 +134,38 @@ def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[S
         )
 
     try:
-        yield submit
+        with worker_processes(workers) as pool:
+            yield submit
     except BrokenProcessPool as error:
         raise OSError(
             "a planning process was killed, perhaps for want of memory: what was planned is kept, give the same "
             "command again, with a smaller demos.workers if it happens again"
         ) from error
+
+
+@contextmanager
+def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool whose processes end with this block, at once where that is left by an exception, and with this process."""
+    # spawn, since the caller may hold threads or a GPU, which do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    pool: ProcessPoolExecutor | None = None
+    try:
+        with withheld():  # a signal amid this would leave half a process behind
+            pool = ProcessPoolExecutor(count, context, _tie_to_parent)
+            pool.submit(int)  # the first call begins all of them
+        yield pool
+    except BaseException:
+        processes = pool._processes if pool is not None else None
+        for process in list((processes or {}).values()):  # what they are at would be waited for
+            process.kill()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
 
 
-def tie_to_parent() -> None:
-    """Ctrl-C is the parent's to handle, and a worker whose parent was killed must not wait for work for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _tie_to_parent() -> None:
+    """A worker whose parent was killed must not wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -33,6 +33,7 @@ from pusht_act.demos.quality import HUMAN, quality, table
 from pusht_act.demos.replay import Start, make_env, reset_to
 from pusht_act.film_strip import film_strip
 from pusht_act.lerobot_config import decode_env
+from pusht_act.lock import remove_dead
 from pusht_act.run_dir import RunDir, check_unused, command_line, move_aside, package_versions, write_provenance
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,8 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
         card(part, config, figures, command_line(overrides)).save(part / "README.md")
         for name in ("config.yaml", "runs.jsonl"):
             shutil.copy(work / name, part)
-        move_aside(target)
+        if move_aside(target) is None and target.exists():
+            remove_dead(target)
         part.rename(target)
         shutil.rmtree(work)
     for line in table(figures):

@@ -83,7 +83,9 @@ def label(
 ) -> Float32[np.ndarray, "T 2"]:
     """What the demonstrator would do from `state`: the next `length` actions in px, fewer if that solves it.
 
-    It is a pure function of its arguments and runs in the simulator only; noise in `options` is ignored.
+    It is a pure function of its arguments and runs in the simulator only; noise in `options` is ignored. Every state
+    gets the same random numbers, so that neighbours get like labels: a policy that was stuck has seen many of them, and
+    the mean of labels that disagree is to stay where it is.
 
     Args:
         state: agent x, y, block x, y (px), block angle (rad), and optionally the agent's velocity x, y (px/s), which
@@ -101,7 +103,7 @@ def label(
     velocity = (float(state[5]), float(state[6])) if len(state) == 7 else (0.0, 0.0)
     now, contacts = new_state(np.array(pose), velocity), new_contacts()
     previous = np.clip(np.array(pose[:2]) + LAG * np.array(velocity), 0.0, ARENA)
-    planner = Planner(options, _key((*pose, *velocity)), previous)
+    planner = Planner(options, (), previous)
     actions: list[np.ndarray] = []
     while len(actions) < length:
         actions.append(planner.next_action(now))
@@ -163,7 +165,7 @@ def _read(env: Any) -> Float64[np.ndarray, " 17"]:
     return new_state(pose, tuple(env.agent.velocity))
 
 
-def _key(start: Start | tuple[float, ...]) -> tuple[int, ...]:
+def _key(start: Start) -> tuple[int, ...]:
     """Whole numbers that name a start to a random generator."""
     return (
         (start,) if isinstance(start, int) else struct.unpack(f"{len(start)}Q", struct.pack(f"{len(start)}d", *start))

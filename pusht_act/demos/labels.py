@@ -8,12 +8,11 @@ neither torch nor lerobot.
 """
 
 import logging
-import multiprocessing
 import os
 import zipfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from jaxtyping import Float32, Float64
 from tqdm import tqdm
 
 from pusht_act.cores import cores
-from pusht_act.demos.collect import tie_to_parent
+from pusht_act.demos.collect import worker_processes
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.demonstrator import label
 from pusht_act.demos.planner import PlannerOptions
@@ -90,8 +89,12 @@ def label_decisions(
     kept = f", {done:,} are there already" if done else ""
     log.info("%s: labelling %s states, workers: %d%s", description, f"{total:,}", workers, kept)
     work = partial(_label_rollout, folder, options, length)
-    with tqdm(total=total, initial=done, desc="labelling", unit="state", disable=None) as bar:
-        for count in _mapped(work, [(seed, decisions[seed]) for seed in missing], workers):
+    rollouts = [(seed, decisions[seed]) for seed in missing]
+    with (
+        tqdm(total=total, initial=done, desc="labelling", unit="state", disable=None) as bar,
+        closing(_mapped(work, rollouts, workers)) as counts,
+    ):
+        for count in counts:
             bar.update(count)
 
 
@@ -113,22 +116,19 @@ def read_labels(folder: Path) -> list[Label]:
     return labels
 
 
-def _mapped[T](work: Callable[[T], int], items: list[T], workers: int) -> Iterator[int]:
+def _mapped[T](work: Callable[[T], int], items: list[T], workers: int) -> Generator[int]:
     """`work` of each, in this process or in `workers` others."""
     if workers == 1:
         yield from map(work, items)
         return
-    # spawn, since the caller may hold threads or a GPU, which do not survive a fork
-    pool = ProcessPoolExecutor(min(workers, len(items)), multiprocessing.get_context("spawn"), tie_to_parent)
     try:
-        yield from pool.map(work, items)
+        with worker_processes(min(workers, len(items))) as pool:
+            yield from pool.map(work, items)
     except BrokenProcessPool as error:
         raise OSError(
             "a labelling process was killed, perhaps for want of memory: what was labelled is kept, give the same "
             "command again, with a smaller dagger.workers if it happens again"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _label_rollout(folder: Path, options: PlannerOptions, length: int, rollout: tuple[int, np.ndarray]) -> int:

@@ -9,10 +9,8 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from pusht_act.demos.collect import tie_to_parent
+from pusht_act.demos.collect import worker_processes
 from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.frames import FEATURES, TASK
 from pusht_act.demos.replay import Episode, replay
@@ -59,15 +57,15 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
             video_backend="pyav",
             image_writer_threads=2 if image else 0,
         )
-        episodes = _replayed(solved, image, workers)
-        pairs = zip(solved, episodes, strict=True)
-        for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
-            assert episode.success[-1], f"the demonstration of {shown(made.start)} does not replay"
-            if episode.image is not None:
-                counts += _counts(episode.image)
-            for frame in _rows(made, episode):
-                dataset.add_frame(frame)
-            dataset.save_episode()
+        with closing(_replayed(solved, image, workers)) as episodes:
+            pairs = zip(solved, episodes, strict=True)
+            for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
+                assert episode.success[-1], f"the demonstration of {shown(made.start)} does not replay"
+                if episode.image is not None:
+                    counts += _counts(episode.image)
+                for frame in _rows(made, episode):
+                    dataset.add_frame(frame)
+                dataset.save_episode()
         dataset.finalize()
     if image:
         _correct_statistics(root, counts, sum(len(made.action) for made in solved))
@@ -93,13 +91,13 @@ def _rows(made: Demonstration, episode: Episode) -> Iterator[dict[str, Any]]:
         }
 
 
-def _replayed(solved: Sequence[Demonstration], image: bool, workers: int) -> Iterator[Episode]:
+def _replayed(solved: Sequence[Demonstration], image: bool, workers: int) -> Generator[Episode]:
     """In order. Pictures take 1 ms each and are drawn by another process, a few episodes ahead of the encoder."""
     if not image or workers == 1:
         for made in solved:
             yield replay(made.start, made.executed, image)
         return
-    with ProcessPoolExecutor(min(workers, 2), get_context("spawn"), tie_to_parent) as pool:
+    with worker_processes(min(workers, 2)) as pool:
         coming: deque[Callable[[], Episode]] = deque()
         for made in solved:
             coming.append(pool.submit(replay, made.start, made.executed, image).result)

@@ -213,7 +213,8 @@ class Planner:
 
     Args:
         options: what the demonstrations should be like.
-        key: numbers that name the start; with `options.seed` they fix every random draw.
+        key: numbers that name the start, if another one is to get other random draws; with `options.seed` they fix
+            every draw.
         previous: the action before the first one; where the agent is, if it is at rest.
     """
 

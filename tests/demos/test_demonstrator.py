@@ -158,6 +158,19 @@ def test_labels_are_free_of_noise_and_heed_velocity() -> None:
     assert not np.array_equal(label(state), label(state, PlannerOptions(seed=1)))
 
 
+def test_states_beside_each_other_get_like_labels() -> None:
+    """With random numbers of each state's own these differ by about 9 px; their mean is a policy that stays put."""
+    random = np.random.default_rng(0)
+    spreads = []
+    for seed in range(400_010, 400_018):
+        env = make_env()
+        reset_to(env, seed)
+        state = env.get_obs()
+        labels = [label(state + random.normal(0, 0.01, 5) * (1, 1, 1, 1, 0.01), length=8)[:4] for _ in range(6)]
+        spreads.append(np.std(labels, axis=0).mean())
+    assert np.median(spreads) < 1.0
+
+
 def test_a_solved_state_gets_a_short_label_that_keeps_it_solved() -> None:
     assert label((100.0, 100.0, 256.0, 256.0, np.pi / 4)).shape == (1, 2)
 

@@ -15,7 +15,7 @@ import pytest
 
 import pusht_act
 from pusht_act import checkpoint as checkpoints
-from pusht_act import train
+from pusht_act import step as step_module
 from pusht_act.integrity import MANIFEST, damage
 from pusht_act.run_dir import RunDir, last_checkpoint
 from tests.conftest import TINY
@@ -199,7 +199,7 @@ def visible(run: Path) -> list[str]:
 def test_a_save_that_has_no_room_is_tried_again_at_the_next(
     full_at: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    step, real, run = 0, train.train_step, tmp_path / "run"
+    step, real, run = 0, step_module.train_step, tmp_path / "run"
 
     def counted(*arguments: Any) -> Any:
         nonlocal step
@@ -208,14 +208,14 @@ def test_a_save_that_has_no_room_is_tried_again_at_the_next(
         monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         return real(*arguments)
 
-    monkeypatch.setattr(train, "train_step", counted)
+    monkeypatch.setattr(step_module, "train_step", counted)
     if 4 in full_at:
         with pytest.raises(OSError, match=r"000004 cannot be saved \(No space left on device\): 0.0 MB are free, a ch"):
-            begin(run, "save_freq=1")
+            begin(run, "save_freq=1", "checkpoints.background=false")
         assert visible(run) == ["000001", "000002", "000003", "last"]
         assert warnings(caplog) == []
     else:
-        begin(run, "save_freq=1")
+        begin(run, "save_freq=1", "checkpoints.background=false")
         assert visible(run) == ["000003", "000004", "last"]
         assert len(warnings(caplog)) == 2
         assert "step 1: " in warnings(caplog)[0]
@@ -286,7 +286,7 @@ def test_a_disk_that_others_have_filled_stops_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Full to the last byte from step 2 on, emptied at step 4: metrics.jsonl and the last checkpoint are whole."""
-    step, real, filler = 0, train.train_step, tmp_path / "disk" / "filler"
+    step, real, filler = 0, step_module.train_step, tmp_path / "disk" / "filler"
 
     def filling(*arguments: Any) -> Any:
         nonlocal step
@@ -297,11 +297,11 @@ def test_a_disk_that_others_have_filled_stops_nothing(
             filler.unlink()
         return real(*arguments)
 
-    monkeypatch.setattr(train, "train_step", filling)
+    monkeypatch.setattr(step_module, "train_step", filling)
     monkeypatch.setattr(logging, "raiseExceptions", False)  # train.log is on that disk too
     with mounted(tmp_path / "disk", "20m"):
         run = tmp_path / "disk" / "run"
-        begin(run, "save_freq=1")
+        begin(run, "save_freq=1", "checkpoints.background=false")
         assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
         assert visible(run) == ["000001", "000004", "last"]
         assert damage(run / "checkpoints" / "last") is None
@@ -339,13 +339,13 @@ def test_a_read_only_run_directory_is_refused_at_once(run: Path, tmp_path: Path)
 def test_a_file_in_place_of_the_folder_is_a_warning_until_the_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, real = tmp_path / "run", train.train_step
+    run, real = tmp_path / "run", step_module.train_step
 
     def with_a_file(*arguments: Any) -> Any:
         (run / "checkpoints").touch()
         return real(*arguments)
 
-    monkeypatch.setattr(train, "train_step", with_a_file)
+    monkeypatch.setattr(step_module, "train_step", with_a_file)
     with pytest.raises(OSError, match=r"000002 cannot be saved \(File exists\).*see that the folder can be written to"):
         begin(run, "save_freq=1", "steps=2")
     assert [warning.partition(":")[0] for warning in warnings(caplog)] == ["step 1"]

@@ -1,0 +1,137 @@
+"""Where a job goes on from: mode=resume where it is told to, resume.auto=true and mode=dagger from the same job's work.
+
+Imports neither torch nor lerobot.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pusht_act.config import Config, Mode, plain
+from pusht_act.inherit import OUR_SECTIONS
+from pusht_act.integrity import EVERYTHING
+from pusht_act.overrides import flat
+from pusht_act.run_dir import (
+    OURS,
+    Checkpoint,
+    RunDir,
+    check_sound,
+    check_unused,
+    find_checkpoint,
+    last_checkpoint,
+    newest_sound,
+)
+
+log = logging.getLogger(__name__)
+
+FREE_IN_DAGGER = (
+    *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "wandb.", "checkpoints.", "train.profile"),
+    *("eval.n_videos", "eval.workers", "eval.background", "dagger.rounds", "dagger.workers"),
+    *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume."),
+)
+"""Keys that a mode=dagger may go on with another value of: none decides what a round comes to."""
+FREE = (*FREE_IN_DAGGER, "mode", "steps")
+"""The same for resume.auto."""
+
+
+def directory(cfg: DictConfig, overrides: list[str]) -> Path:
+    """The run directory of a job that trains."""
+    if cfg.mode is Mode.resume and cfg.resume.path is not None and not _given(overrides):
+        checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
+        if checkpoint.run is not None:
+            return checkpoint.run
+    return Path(cfg.output_dir)
+
+
+def resumed(cfg: DictConfig, output_dir: Path) -> Checkpoint:
+    """The checkpoint from which mode=resume goes on in `output_dir`.
+
+    Raises:
+        ValueError: it is damaged, or its run has gone on.
+        FileNotFoundError: there is none.
+        FileExistsError: it is another run's, and `output_dir` is in use.
+    """
+    if cfg.resume.path is None:
+        return last_checkpoint(RunDir(output_dir))
+    checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
+    check_sound(checkpoint, f"resume.path={cfg.resume.path}", EVERYTHING)
+    if checkpoint.run == output_dir.resolve():
+        last, _ = newest_sound(RunDir(output_dir))
+        if last is not None and last.step > checkpoint.step:
+            raise ValueError(
+                f"resume.path={cfg.resume.path} is at step {checkpoint.step}, its run went on to {last.step}: "
+                "give output_dir=NEW to branch off, or leave resume.path out to go on from the last"
+            )
+    else:
+        check_unused(output_dir, cfg.overwrite)
+    return checkpoint
+
+
+def newest_of_same(config: Config, run: RunDir) -> Checkpoint | None:
+    """The checkpoint from which resume.auto goes on in `run`; None to begin afresh: there is none, or may be moved.
+
+    Raises:
+        ValueError: it is of another configuration, none is sound, or mode=resume has gone on with it in its own way.
+    """
+    if not run.has_checkpoints():
+        return None
+    checkpoint = last_checkpoint(run, remedy="start afresh with overwrite=true")
+    try:
+        was = json.loads((checkpoint.model / OURS).read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        was = {}
+    if was.get("mode") not in (Mode.test.value, Mode.full.value):
+        if config.overwrite:
+            return None
+        raise ValueError(
+            f"{checkpoint.directory} was not written by mode=test or mode=full, so resume.auto=true cannot tell "
+            "whether it is the same run: go on with mode=resume, or give another output_dir= or job_name="
+        )
+    differing = [f"{key}: was {old}, now {new}" for key, old, new in _differences(was, config, FREE)]
+    if differing and not config.overwrite:
+        raise ValueError(
+            f"output_dir={run.path} holds another run, so resume.auto=true cannot go on with it "
+            f"({'; '.join(differing)}): give the same values, another output_dir= or job_name=, or overwrite=true"
+        )
+    return None if differing else checkpoint
+
+
+def stopped_before_its_first_checkpoint(run: RunDir) -> bool:
+    """Whether `run` is that of a mode=test or mode=full that came to nothing worth keeping."""
+    return not run.has_checkpoints() and run.configuration().get("mode") in (Mode.test.value, Mode.full.value)
+
+
+def goes_on(config: Config, run: RunDir) -> bool:
+    """Whether `run` is a mode=dagger of this very configuration, as far as that decides the result.
+
+    Raises:
+        ValueError: it is one of another configuration.
+    """
+    begun = run.configuration()
+    if begun.get("mode") != Mode.dagger.value:
+        return False
+    for key, was, now in _differences(begun, config, FREE_IN_DAGGER):
+        if config.overwrite:
+            return False
+        raise ValueError(
+            f"{key}={now}: the rounds in output_dir={run.path} were made with {key}={was}; "
+            f"give {key}={was}, another output_dir=, or overwrite=true to move them aside"
+        )
+    return True
+
+
+def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, its value then, its value now) of each that is not `free` to change; None where it has none."""
+    then, now = (dict(pair for item in each.items() for pair in flat(*item)) for each in (was, plain(config)))
+    for key in sorted(then.keys() | now.keys()):
+        new_field = key not in then and key.partition(".")[0] in OUR_SECTIONS  # its default is what was done before
+        if then.get(key) != now.get(key) and not key.startswith(free) and not new_field:
+            yield key, then.get(key), now.get(key)
+
+
+def _given(overrides: list[str]) -> bool:
+    return any(override.startswith("output_dir=") for override in overrides)

@@ -1,0 +1,58 @@
+"""Checks of what only the command line shows: which options were given, and what they look like there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pusht_act.config import EMBEDDED_REPO_ID, PLANNER_OPTIONS, TRAINING_AFRESH, Mode
+from pusht_act.inherit import parsed
+
+
+def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
+    """Refuse what only the command line shows: an option that this job would ignore, a number taken for true."""
+    read = [override for override in parsed(overrides) if not override.is_delete()]
+    given = dict(pair for override in read for pair in flat(override.key_or_group, override.value()))
+    for key, value in given.items():
+        section, _, name = key.partition(".")
+        if section == "demos":
+            _check_used(name, value, cfg)
+        if section == "resume" and name == "auto" and cfg.mode not in (Mode.test, Mode.full):
+            raise ValueError(
+                f"{key}={value} is for mode=test and mode=full, mode=resume and mode=dagger go on anyway: leave it out"
+            )
+        trains = cfg.mode is Mode.resume or cfg.mode in TRAINING_AFRESH
+        if section == "dagger" and cfg.mode is not Mode.dagger and not (name == "labels" and trains):
+            raise ValueError(f"{key}={value} is for mode=dagger: give that too, or leave it out")
+        if section in ("train", "checkpoints") and not trains:
+            raise ValueError(f"{key}={value} is for training, which mode={cfg.mode.value} does not do: leave it out")
+        if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
+            raise ValueError(f"{key}={value}: give true or false")
+    starts = OmegaConf.select(cfg, "demos.starts")
+    if "demos.start_seed" in given and starts is not None:
+        raise ValueError(
+            f"demos.start_seed={given['demos.start_seed']} and demos.starts={starts} both say where to start: "
+            "leave one of them out"
+        )
+
+
+def _check_used(name: str, value: Any, cfg: DictConfig) -> None:
+    """Refuse the option `name` of demos where nothing would read it."""
+    users = ["mode=demos"]
+    if name in PLANNER_OPTIONS:
+        users.append("mode=dagger")
+    if name == "n_episodes":
+        users.append("dataset=demos")
+        if cfg.mode is Mode.resume or OmegaConf.select(cfg, "dataset.repo_id") == EMBEDDED_REPO_ID:
+            return  # a resumed run's data set is not known yet
+    if f"mode={cfg.mode.value}" not in users:
+        raise ValueError(f"demos.{name}={value} is for {' or '.join(users)}: give that too, or leave it out")
+
+
+def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """demos={speed: 9} -> demos.speed, 9."""
+    if not isinstance(value, dict):
+        yield key, value
+        return
+    for name, inner in value.items():
+        yield from flat(f"{key}.{name}", inner)

@@ -1,0 +1,158 @@
+"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop a job; the command then leaves with 128 + the signal's number.
+
+    listening()         a signal raises `Stopped` wherever the job is, ...
+      deferred()        ... but in the training loop, which asks between two steps whether there was one, ...
+        at_once()       ... but where that waits or evaluates, which is broken off
+    withheld()          processes begun in here never see a signal: they end with their parent
+
+A second Ctrl-C is a KeyboardInterrupt at once. Imports neither torch nor lerobot.
+"""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Stopped(BaseException):
+    """A signal stopped the job. No `Exception`: after one of those a sweep goes on to its next job."""
+
+    def __init__(self, number: int, step: int | None = None, checkpoint: Path | None = None) -> None:
+        super().__init__(number, step, checkpoint)
+        self.signal = signal.Signals(number)
+        self.step = step
+        """That training came to; None: it was not in its loop."""
+        self.checkpoint = checkpoint
+        """The newest that this process has saved."""
+        self.told = False
+        """Whether a line has said so."""
+
+    @property
+    def code(self) -> int:
+        """What the command leaves with."""
+        return 128 + self.signal
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name}" + (f" after step {self.step}" if self.step is not None else "")
+
+
+@dataclass
+class Stop:
+    """Whether this process was told to stop: there is one, as there is one set of handlers."""
+
+    received: int | None = None
+    """The first signal."""
+    listening: bool = False
+    deferred: bool = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether there was a signal."""
+        return self.received is not None
+
+    def check(self, step: int | None = None, checkpoint: Path | None = None) -> None:
+        """Leave if there was a signal; what the handler raises within a destructor, say, Python drops.
+
+        Raises:
+            Stopped: there was, with `step` and `checkpoint`.
+        """
+        if self.received is not None:
+            raise Stopped(self.received, step, checkpoint)
+
+
+_stop = Stop()
+
+
+def _handle(number: int, _frame: object) -> None:
+    """Runs between any two bytecodes of the main thread, so it notes the signal and logs nothing."""
+    again, _stop.received = _stop.asked, _stop.received or number
+    if again and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    if not again and not _stop.deferred:
+        raise Stopped(number)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Within this a signal stops the job; in another thread than the main one nothing changes.
+
+    One that was ignored stays so, as a shell has it for the jobs in its background. The former handlers come back.
+
+    Raises:
+        Stopped: there was a signal.
+    """
+    if _stop.listening or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in STOPPING}
+    ours = [number for number, handler in former.items() if handler not in (signal.SIG_IGN, None)]
+    _stop.received, _stop.deferred, _stop.listening = None, False, True
+    try:
+        for number in ours:
+            signal.signal(number, _handle)
+        yield
+        _stop.check()
+    finally:
+        for number in ours:
+            signal.signal(number, former[number])
+        _stop.received, _stop.listening = None, False
+
+
+def in_charge() -> bool:
+    """Whether a `listening` is around the caller."""
+    return _stop.listening
+
+
+@contextmanager
+def deferred() -> Iterator[Stop]:
+    """Within this a signal is noted only.
+
+    Raises:
+        Stopped: there was one before or, in the end, nobody has acted upon it.
+    """
+    _stop.check()
+    _stop.deferred = True
+    try:
+        yield _stop
+    finally:
+        _stop.deferred = False
+    _stop.check()
+
+
+@contextmanager
+def at_once() -> Iterator[None]:
+    """Within this, in `deferred`, a signal breaks off what is being done; so does one that was noted before.
+
+    Raises:
+        Stopped: there was one.
+    """
+    former, _stop.deferred = _stop.deferred, False
+    try:
+        _stop.check()
+        yield
+    finally:
+        _stop.deferred = former
+
+
+@contextmanager
+def withheld() -> Iterator[None]:
+    """Processes begun in here inherit that they never see the signals; this one acts upon them at the end.
+
+    Blocking them does the first alone: another thread may take a signal, and Python's handler runs in the main one.
+
+    Raises:
+        Stopped: there was one.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    were_deferred, _stop.deferred = _stop.deferred, True
+    try:
+        yield
+    finally:
+        _stop.deferred = were_deferred
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+    if not were_deferred:
+        _stop.check()

@@ -1,0 +1,150 @@
+"""W&B's server failing, hanging or gone, its process killed: training goes on, and nothing is lost."""
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pusht_act import metrics as metrics_module
+from pusht_act.metrics import Metrics
+from pusht_act.run_dir import RunDir
+from tests.test_metrics import config, forget_settings, history, lines, nobody
+
+__all__ = ["nobody"]
+
+STEPS = 200
+BUCKET = {
+    "id": "b", "name": "RUN", "displayName": "d", "description": "", "config": "{}", "sweepName": None,
+    "historyLineCount": 0, "project": {"id": "p", "name": "lerobot_pusht", "entity": {"id": "e", "name": "me"}},
+}  # fmt: skip
+ANSWER = {"data": {"serverInfo": {"features": []}, "upsertBucket": {"bucket": BUCKET, "inserted": True}}}
+"""As much of W&B's as its client needs to begin a run."""
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A W&B server that takes runs in until it is `broken`: then it says nothing more, or only 500."""
+
+    daemon_threads = True
+    broken: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
+        self.closing = threading.Event()
+
+    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            said = self.rfile.read(int(self.headers.get("content-length", 0)))
+            broken = self.server.broken  # type: ignore[attr-defined]
+            if broken == "hangs":
+                self.server.closing.wait(60)  # type: ignore[attr-defined]
+                return
+            asked = json.loads(said).get("variables", {}) if self.path == "/graphql" else {}
+            body = json.dumps(ANSWER).replace("RUN", asked.get("name") or "").encode()
+            self.send_response(500 if broken else 200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+
+@pytest.fixture
+def server(nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Logged in there."""
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(metrics_module, "WANDB_FINISH_S", 3.0)
+    forget_settings(monkeypatch)
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+def services() -> set[int]:
+    """W&B's processes among ours."""
+    children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    pids = {int(pid) for path in children for pid in path.read_text().split()}
+    return {pid for pid in pids if "wandb" in Path(f"/proc/{pid}/cmdline").read_text()}
+
+
+@pytest.mark.parametrize("broken", ["hangs", "says 500"])
+def test_a_server_that_breaks_amid_a_run_does_not_hold_it_up(
+    broken: str, tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+        server.broken = broken
+        began = time.perf_counter()
+        for step in range(2, STEPS + 1):
+            metrics.log("train", {"loss": 0.5}, step)
+        assert time.perf_counter() - began < 5
+        began = time.perf_counter()
+    assert time.perf_counter() - began < 15
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    (file,) = (tmp_path / "wandb").glob("run-*/*.wandb")
+    assert f"what it did not get is in {file.parent} (`wandb sync` sends that), metrics.jsonl has all" in warning
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in history(file)] == list(range(1, STEPS + 1))
+
+
+def with_its_process_killed(root: Path) -> None:
+    """A run whose W&B process is killed after its first step; prints the seconds that the others and the end took."""
+    metrics_module.WANDB_FINISH_S = 3.0
+    with Metrics(config("wandb.enable=true"), RunDir(root), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+        for pid in services():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.5)
+        began = time.perf_counter()
+        for step in range(2, STEPS + 1):
+            metrics.log("train", {"loss": 0.5}, step)
+        logged = time.perf_counter()
+    print(logged - began, time.perf_counter() - logged, flush=True)
+    os._exit(0)  # W&B's own hook would wait for its process
+
+
+def test_its_own_process_killed_does_not_hold_a_run_up(tmp_path: Path, server: Server) -> None:
+    # In a process of its own: W&B's client is of no use to anybody after this.
+    code = (
+        f"import pathlib, tests.faults.test_services as t; t.with_its_process_killed(pathlib.Path({str(tmp_path)!r}))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 0, done.stderr
+    logging_s, finishing_s = map(float, done.stdout.split()[-2:])
+    assert logging_s < 5
+    assert finishing_s < 15
+    (file,) = (tmp_path / "wandb").glob("run-*/*.wandb")
+    assert done.stderr.count(f"what it did not get is in {file.parent} (`wandb sync` sends that)") == 1
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"), [("hangs", "cannot be reached (timed out)"), ("says 500", "answers 500")]
+)
+def test_a_server_that_is_broken_from_the_start_puts_the_run_offline(
+    broken: str, reason: str, tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.broken = broken
+    began = time.perf_counter()
+    with caplog.at_level("INFO"), Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+    assert time.perf_counter() - began < 30
+    assert f"{reason}, so the run is kept here" in caplog.text
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert [row["step"] for row in history(file)] == [1]
