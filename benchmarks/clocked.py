@@ -2,11 +2,11 @@
 
     python clocked.py '{"report": PATH, "steps": 50, ...}' PROGRAM [ARGUMENT ...]     (started by measure.py)
 
-The clock is PyTorch's own hook after `Optimizer.step`, so that it is the same for our loop, for stock's and for any
-other, and none of them is changed. Programs: a console script beside the interpreter (pusht-act, lerobot-train,
-lerobot-eval), run as it is; or, through `pusht-act` up to where its loop would begin,
+The clock ticks at PyTorch's own hook after `Optimizer.step`, for our loop after our step, whose replays from a CUDA
+graph do not pass there; nothing else is changed. Programs: a console script beside the interpreter (pusht-act,
+lerobot-train, lerobot-eval), run as it is; or, through `pusht-act` up to where its loop would begin,
 
-    compute    our train_step on one batch over and over: no data, no logging
+    compute    our step on one batch over and over: no data, no logging
     eager      LeRobot's policy.forward, backward, clip, torch's plain AdamW, zero_grad, on batches made beforehand
 """
 
@@ -71,10 +71,8 @@ def main() -> None:
     if options.get("cpus"):
         os.sched_setaffinity(0, options["cpus"])
     if options.get("steps"):
-        from torch.optim.optimizer import register_optimizer_step_post_hook
-
         clock = Clock(Path(options["report"]), options["steps"], options["every"])
-        register_optimizer_step_post_hook(clock.tick)
+        _tick_after_steps(program, clock)
         atexit.register(clock.write)
     if program in LOOPS:
         _replace_loop(program)
@@ -87,6 +85,24 @@ def main() -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
+def _tick_after_steps(program: str, clock: Clock) -> None:
+    if program in (OURS, "compute"):
+        from pusht_act.step import TrainStep
+
+        step = TrainStep.__call__
+
+        def timed(self: TrainStep, batch: Any) -> Any:
+            losses = step(self, batch)
+            clock.tick()
+            return losses
+
+        TrainStep.__call__ = timed
+    else:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        register_optimizer_step_post_hook(clock.tick)
+
+
 def _replace_loop(name: str) -> None:
     """Everything up to the loop is our command's own: data, policy, optimizer."""
     import pusht_act.train
@@ -95,11 +111,12 @@ def _replace_loop(name: str) -> None:
 
 
 def _compute(config: Any, lerobot: Any, setup: Any, *_: Any) -> None:
-    from pusht_act.train import train_step
+    from pusht_act.train import make_step
 
-    batch = setup.objects.processors.pre(setup.data.batch(setup.order.next_batch(config.batch_size)))
+    take_step = make_step(config, lerobot, setup)
+    batch = take_step.batch(next(setup.data.in_order(setup.order, config.batch_size)))
     for _ in range(config.steps):
-        train_step(setup.objects, batch, lerobot.optimizer.grad_clip_norm)
+        take_step(batch)
     sys.exit()
 
 

@@ -4,21 +4,20 @@
 
 Every cell is `pusht-act experiment=quickstart` on one thread with its own data set and seed, then 200 episodes on the
 seeds of mode=eval. What is finished is not run again, so the same command goes on after a stop. Prints a table and
-writes learnability.json beside it. `--jobs` runs side by side.
+writes it as learnability.json in the same folder. `--jobs` runs side by side.
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
-import numpy as np
+from measure import pusht_act, record, told
 
-from pusht_act.run_dir import git_commit, package_versions
 from pusht_act.statistics import wilson_interval
 
 NOISE = 8.0  # px
@@ -35,30 +34,24 @@ class Data:
     """Of DAgger, after the first training; each has its share of the steps."""
 
 
-def rows(human: Path, noisy: Path) -> list[Data]:
+def rows(human: Path, noisy: Path, n_noisy: int) -> list[Data]:
     def local(root: Path, count: int) -> list[str]:
         chosen = ",".join(map(str, range(count)))
         return [
             "dataset=pusht_keypoints", f"dataset.repo_id=local/{root.name}", f"dataset.root={root}",
-            f"dataset.episodes=[{chosen}]",
+            f"+dataset.episodes=[{chosen}]",
         ]  # fmt: skip
 
     return [
         Data("206 of people", local(human, 206)),
         *(Data(f"{n:,} of ours", [f"demos.n_episodes={n}"]) for n in (206, 500, 2000)),
-        *(Data(f"{n:,} of ours, {NOISE:g} px of noise", local(noisy, n)) for n in (206, 500, 2000)),
+        *(
+            Data(f"{n:,} of ours, {NOISE:g} px of noise", local(noisy, n))
+            for n in dict.fromkeys((206, 500, n_noisy))
+            if n <= n_noisy
+        ),
         Data(f"500 of ours, then {ROUNDS} rounds of DAgger", ["demos.n_episodes=500"], rounds=ROUNDS),
     ]
-
-
-def pusht_act(*overrides: str) -> None:
-    """The command, on one thread; what it printed is shown only when it fails."""
-    command = [sys.executable, "-m", "pusht_act", *overrides]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(command)[:400]}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def success(data: Data, seed: int, steps: int, output: Path) -> tuple[int, int]:
@@ -70,13 +63,25 @@ def success(data: Data, seed: int, steps: int, output: Path) -> tuple[int, int]:
     if not evaluated.exists():
         if data.rounds:
             rounds = [f"steps={steps // (data.rounds + 1)}", f"dagger.rounds={data.rounds}", "dagger.n_rollouts=50"]
-            pusht_act("mode=dagger", *rounds, "dagger.workers=1", *common)
+            pusht_act("mode=dagger", *rounds, "dagger.workers=1", *common, threads=1)
         elif not (run / "checkpoints" / "last").exists():
-            pusht_act(*common, f"steps={steps}", "overwrite=true")
-        pusht_act("mode=eval", f"checkpoint={trained}", "eval.n_episodes=200", "eval.n_videos=0")
+            pusht_act(*common, f"steps={steps}", "overwrite=true", threads=1)
+        pusht_act("mode=eval", f"checkpoint={trained}", "eval.n_episodes=200", "eval.n_videos=0", threads=1)
     metrics = json.loads(evaluated.read_text())
     print(f"{data.name}, seed {seed}: {metrics['pc_success']:.1f} %", file=sys.stderr, flush=True)
     return round(metrics["pc_success"] * metrics["n_episodes"] / 100), int(metrics["n_episodes"])
+
+
+def row(name: str, cells: list[tuple[int, int]]) -> dict[str, Any]:
+    """The table's row of one data set, from (successes, episodes) of each seed."""
+    rates = [100 * successes / episodes for successes, episodes in cells]
+    low, high = wilson_interval(sum(s for s, _ in cells), sum(n for _, n in cells))
+    return {
+        "demonstrations": name,
+        "success, mean": f"{mean(rates):.1f} %",
+        "of each seed": ", ".join(f"{rate:.1f}" for rate in rates),
+        "95 % of all episodes": f"{100 * low:.1f} to {100 * high:.1f}",
+    }
 
 
 def main() -> None:
@@ -85,30 +90,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--noisy", type=int, default=2000, help="demonstrations planned with noise, a second or two each"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
-    noisy = args.output / f"noise_{NOISE:g}"
+    noisy = args.output / f"noise_{NOISE:g}_{args.noisy}"
     if not noisy.exists():
         pusht_act(
-            "mode=demos", "env=pusht_keypoints", "demos.n_episodes=2000", "demos.start_seed=1000000",
+            "mode=demos", "env=pusht_keypoints", f"demos.n_episodes={args.noisy}", "demos.start_seed=1000000",
             f"demos.action_noise={NOISE}", f"output_dir={noisy}",
         )  # fmt: skip
-    table = {}
+    found = record(args)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for data in rows(args.human, noisy):
-            cells = [pool.submit(success, data, seed, args.steps, args.output) for seed in args.seeds]
-            table[data.name] = cells
-        found = {name: [cell.result() for cell in cells] for name, cells in table.items()}
-    record = {"commit": git_commit(), "versions": package_versions(), "steps": args.steps, "rows": {}}
-    print(f"| demonstrations | success, mean of {len(args.seeds)} seeds | each seed | 95 % of all episodes |")
-    print("| --- | --- | --- | --- |")
-    for name, cells in found.items():
-        rates = [100 * successes / episodes for successes, episodes in cells]
-        low, high = wilson_interval(sum(s for s, _ in cells), sum(n for _, n in cells))
-        record["rows"][name] = {"pc_success": rates, "low": 100 * low, "high": 100 * high}
-        each = ", ".join(f"{rate:.1f}" for rate in rates)
-        print(f"| {name} | {np.mean(rates):.1f} % | {each} | {100 * low:.1f} to {100 * high:.1f} |")
-    (args.output / "learnability.json").write_text(json.dumps(record, indent=2) + "\n")
+        cells = {
+            data.name: [pool.submit(success, data, seed, args.steps, args.output) for seed in args.seeds]
+            for data in rows(args.human, noisy, args.noisy)
+        }
+        table = [row(name, [cell.result() for cell in made]) for name, made in cells.items()]
+    told(found, table, args.output / "learnability.json")
 
 
 if __name__ == "__main__":

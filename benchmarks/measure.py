@@ -162,10 +162,11 @@ def _kilobytes(path: Path) -> dict[str, int]:
     return {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) == 3 and words[2] == "kB"}
 
 
-def pusht_act(*overrides: str) -> str:
-    """What our command prints on standard output."""
+def pusht_act(*overrides: str, threads: int | None = None) -> str:
+    """What our command prints on standard output, with so many threads if that is said."""
     command = [sys.executable, "-m", "pusht_act", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads is not None else {})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{shlex.join(command)[:2000]}\n{done.stderr[-3000:]}")
     return done.stdout

@@ -7,7 +7,7 @@ r"""Training steps a second: ours against stock lerobot-train, and against the c
 Sides, in turn:
     ours        pusht-act, its own loop and data
     stock       lerobot-train with the flags that pusht-act prints for the same job: its own loop and DataLoader workers
-    compute     our train_step on one batch over and over
+    compute     our step on one batch over and over
     eager       (small_keypoints) policy.forward, backward, clip, torch's plain AdamW, zero_grad in fp32, on batches
                 made beforehand
 
@@ -16,7 +16,8 @@ median, and the mean for a side whose steps wait for batches now and then. Stock
 its first step: a `--warm-up` beyond them shows it as it goes on. The time for data is what each program logs of itself
 (stock to 1 ms). Neither evaluates nor saves. The ResNet begins with random weights on both sides: ImageNet's cannot be
 downloaded everywhere, and cost the same. bf16 is policy.use_amp=true on both sides, for which stock takes fp16 on a
-GPU. Prints a table and writes it as JSON.
+GPU. --compile is train.compile=true, for ours and compute; without it they take the device's default. Prints a table
+and writes it as JSON.
 """
 
 import argparse
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace, side: str, batch_size: int, folder: Path) -> t
         workers = [f"--num_workers={args.num_workers}"] if args.num_workers is not None else []
         arguments = [*stock_arguments(*overrides), *workers]
     else:
-        arguments = [*overrides, *(args.ours if side in ("ours", "compute") else [])]
+        compiled = ["train.compile=true"] if args.compile else []
+        arguments = [*overrides, *([*compiled, *args.ours] if side in ("ours", "compute") else [])]
     options = {"cpus": args.cpus}
     clocked = Clocked(PROGRAMS[side], arguments, folder, args.steps, args.every, args.threads, options)
     done = turn(clocked, args.warm_up)
@@ -115,11 +117,16 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=10, help="steps of each turn that are left out")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each side")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile our step, which takes its first a minute or more"
+    )
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS of all sides; else that of the environment")
     parser.add_argument("--cpus", type=int, nargs="+", default=[], help="keep each side to these cores")
     parser.add_argument("--num-workers", type=int, help="of stock's DataLoader; its default is 4")
     parser.add_argument("--log-freq", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="default: outputs/benchmarks/train_throughput_CASE_PRECISION.json")
+    parser.add_argument(
+        "--output", type=Path, help="default: outputs/benchmarks/train_throughput_CASE_PRECISION[_compile].json"
+    )
     args = parser.parse_args()
     if args.steps <= args.warm_up + 1:
         sys.exit(f"--steps {args.steps} leaves no step after --warm-up {args.warm_up}: give more steps")
@@ -137,7 +144,8 @@ def main() -> None:
                     step_ms = 1000 * turns[side][-1][0].median_s
                     print(f"batch {batch_size}, turn {repeat + 1}, {side}: {step_ms:.1f} ms", file=sys.stderr)
             table += rows(batch_size, turns)
-    default = Path(f"outputs/benchmarks/train_throughput_{args.case}_{args.precision}.json")
+    way = f"{args.precision}_compile" if args.compile else args.precision
+    default = Path(f"outputs/benchmarks/train_throughput_{args.case}_{way}.json")
     told(found, table, args.output or default)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in ("measure.py", "clocked.py"))
+SHARED = ("measure.py", "clocked.py", "forked.py", "gpu_checks.py")
+SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in SHARED)
 
 
 def benchmark(script: str, *arguments: str) -> str:
@@ -34,3 +35,32 @@ def test_a_benchmark_prints_a_table_and_writes_what_it_depends_on(keypoints_data
     assert [row["from launch to"] for row in record["rows"]] == ["first step", "--help", "--cfg job", "a config error"]
     assert all(row["ours, s"] > 0 for row in record["rows"])
     assert "| first step |" in printed
+
+
+def test_the_suite_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "suite.json"
+    printed = benchmark(
+        "gpu_suite.py", "--device", "cpu", "--tiny", "--no-compile", "--batch-sizes", "4", "--steps", "2",
+        "--warm-up", "1", "--precisions", "fp32", "--output", str(output),
+    )  # fmt: skip
+    record = json.loads(output.read_text())
+    assert record["checks"] == {"pictures read ahead": "ok"}
+    assert [row["side"] for row in record["rows"]] == ["plain", "compute", "stock"]
+    row = record["rows"][0]
+    hours = row["step, ms"] / 1000 * 100_000 / 3600
+    assert (row["100,000 steps, h"], row["with evaluations, h"]) == pytest.approx((hours, hours + 40 * 30 / 3600))
+    assert "| 4 | fp32 | plain |" in printed
+
+
+def test_the_curves_of_precision_stand_beside_those_of_seeds(tmp_path: Path) -> None:
+    from tests.conftest import TINY
+
+    printed = benchmark(
+        "precision_curves.py", "--steps", "5", "--seeds", "2", "--ways", "bf16", "--folder", str(tmp_path),
+        "--overrides", *TINY,
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "precision_curves.json").read_text())["rows"]
+    assert [row[""] for row in rows] == ["fp32, seed 1", "fp32, seed 2", "bf16"]
+    assert len({row["loss, fifth 1"] for row in rows}) == 3
+    assert rows[0]["loss, fifth 1"] == pytest.approx(rows[2]["loss, fifth 1"], rel=0.05)
+    assert "standard deviations from fp32" in printed
