@@ -20,7 +20,7 @@ from measure import pusht_act, record, told
 
 from pusht_act.statistics import wilson_interval
 
-NOISE = 3.0  # px; a plan takes twice as long with it, five times as long with 8
+NOISE = 3.0  # px; a demonstration then takes 2.5 times as long, with 8 px five times
 ROUNDS = 3
 
 
@@ -90,9 +90,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument(
-        "--noisy", type=int, default=2000, help="demonstrations planned with noise, a second each"
-    )
+    parser.add_argument("--noisy", type=int, default=2000, help="demonstrations planned with noise, a second each")
     parser.add_argument("--jobs", type=int, default=2)
     args = parser.parse_args()
     noisy = args.output / f"noise_{NOISE:g}_{args.noisy}"
