@@ -139,7 +139,8 @@ class Evaluations:
     def saved(self, needed: tuple[int | None, ...]) -> None:
         """After a save, what was `needed` at its moment: point `best` at the best, remove spare checkpoints."""
         self._link_best()
-        for step in [step for step in self.state.spare if step not in needed]:
+        newest = max(step for step in needed if step is not None)  # a later one is not saved yet
+        for step in [step for step in self.state.spare if step not in needed and step < newest]:
             self.state.spare.remove(step)
             asked_for = due(step, self.config.save_freq) or due(step, self.config.checkpoints.keep_every)
             if not asked_for and (folder := self._folder(step)).is_dir():

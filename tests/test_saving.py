@@ -1,5 +1,6 @@
 """Checkpoints written beside training: those of a run that waits, also when it is killed or a disk fails."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from pusht_act import step as step_module
 from pusht_act.integrity import damage
 from pusht_act.job import Result
 from pusht_act.run_dir import RunDir, newest_sound
+from pusht_act.signals import Stopped
 from tests.conftest import TINY
 from tests.test_evaluations import OPTIONS, Killed, Late, outcome
 from tests.test_train import assert_same_bits, metrics
@@ -119,6 +121,26 @@ def test_the_files_are_those_of_a_run_that_waits_and_lerobots(tiny: Tiny, slow: 
             assert path.read_bytes() == beside[name], path
             compared += 1
     assert compared == 3 * 7
+
+
+def test_a_stop_amid_a_save_leaves_no_checkpoint_of_its_own_in_the_end(
+    tiny: Tiny, slow: Slow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.lag = 9
+    train_step, steps = step_module.train_step, itertools.count(1)
+
+    def stopped_at_3(*arguments: Any) -> Any:
+        if next(steps) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(step_module, "train_step", stopped_at_3)
+    folder = tmp_path / "run" / "checkpoints"
+    with pytest.raises(Stopped):
+        tiny("steps=5", "save_freq=2")
+    assert sorted(path.name for path in folder.glob("0*")) == ["000002", "000003"]
+    pusht_act.run(["mode=resume", f"output_dir={tmp_path / 'run'}", "steps=5"])
+    assert sorted(path.name for path in folder.glob("0*")) == ["000002", "000004", "000005"]
 
 
 @pytest.fixture(scope="module")
