@@ -62,7 +62,7 @@ def success(data: Data, seed: int, steps: int, output: Path) -> tuple[int, int]:
     evaluated = trained / "eval" / f"step-{steps // (data.rounds + 1):06d}_seeds-200000-200199" / "metrics.json"
     if not evaluated.exists():
         if data.rounds:
-            rounds = [f"steps={steps // (data.rounds + 1)}", f"dagger.rounds={data.rounds}", "dagger.n_rollouts=50"]
+            rounds = [f"steps={steps // (data.rounds + 1)}", f"dagger.rounds={data.rounds}", "dagger.n_rollouts=25"]
             pusht_act("mode=dagger", *rounds, "dagger.workers=1", *common, threads=1)
         elif not (run / "checkpoints" / "last").exists():
             pusht_act(*common, f"steps={steps}", "overwrite=true", threads=1)
