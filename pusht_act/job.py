@@ -13,7 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pusht_act.config import TRAINING_AFRESH, Config, Mode, config_from, plain
+from pusht_act.checked import config_from
+from pusht_act.config import TRAINING_AFRESH, Config, Mode, plain
 from pusht_act.going_on import directory, goes_on, newest_of_same, resumed, stopped_before_its_first_checkpoint
 from pusht_act.inherit import inherit
 from pusht_act.integrity import MODEL

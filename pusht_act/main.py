@@ -14,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pusht_act import sweep
 from pusht_act.config import register
 from pusht_act.explain import explain
 from pusht_act.job import Result, execute
@@ -32,9 +33,11 @@ register()
 def _task(cfg: DictConfig) -> Any:
     hydra_node = HydraConfig.get()
     try:
+        if hydra_node.mode is RunMode.MULTIRUN:
+            return sweep.objective(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
         return _execute(cfg, hydra_node).objective
     except USER_ERRORS as error:
-        if hydra_node.mode is RunMode.MULTIRUN or WANT_TRACEBACK:
+        if WANT_TRACEBACK:
             raise
         _exit(error)  # from here: Hydra would print a line of its own above ours
     except Stopped as stopped:
@@ -79,7 +82,8 @@ def main() -> None:
     try:
         for argument in sys.argv[1:]:  # before Hydra: it would write a sweep's, and show what it cannot read
             refuse_tokens(*argument.partition("=")[::2])
-        with listening():
+        sys.argv[1:] = sweep.arguments(sys.argv[1:])
+        with listening(), sweep.reported():
             _task()
     except Stopped as stopped:
         if not stopped.told:

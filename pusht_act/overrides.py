@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config import EMBEDDED_REPO_ID, PLANNER_OPTIONS, TRAINING_AFRESH, Mode
@@ -17,6 +19,8 @@ def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
         section, _, name = key.partition(".")
         if section == "demos":
             _check_used(name, value, cfg)
+        if section == "sweep" and HydraConfig.get().mode is not RunMode.MULTIRUN:
+            raise ValueError(f"{key}={value} is for a sweep: give -m too, or leave it out")
         if section == "resume" and name == "auto" and cfg.mode not in (Mode.test, Mode.full):
             raise ValueError(
                 f"{key}={value} is for mode=test and mode=full, mode=resume and mode=dagger go on anyway: leave it out"

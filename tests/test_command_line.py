@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file
 
-from pusht_act.config import config_from
+from pusht_act.checked import config_from
 from pusht_act.job import Result
 from pusht_act.main import CONFIG_DIR, _execute
 from tests.conftest import TINY

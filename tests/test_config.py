@@ -13,7 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act import config as schema
-from pusht_act.config import Config, config_from
+from pusht_act.checked import config_from
+from pusht_act.config import Config
 from pusht_act.main import CONFIG_DIR
 
 CONF = Path(CONFIG_DIR)

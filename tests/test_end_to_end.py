@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pusht_act.config import config_from
+from pusht_act.checked import config_from
 from pusht_act.main import CONFIG_DIR
 from tests.conftest import TINY
 

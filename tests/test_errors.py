@@ -80,6 +80,9 @@ REFUSED = [
     # options that would do nothing
     ("resume.path=x", "resume.path=x", "mode=resume"),
     ("checkpoint=x", "checkpoint=x", "mode=eval"),
+    ("sweep.max_tries=2", "sweep.max_tries=2 is for a sweep", "give -m"),
+    ("sweep.resume=x", "sweep.resume=x goes on with a sweep", "give -m"),
+    ("-m sweep.resume=x", "sweep.resume=x holds no sweep", "give a folder such as multirun/DATE/TIME"),
     ("checkpoints.keep_every=5", "checkpoints.keep_every=5", "checkpoints.keep_last=3"),
     ("keep_last=5", "keep_last", "did you mean checkpoints.keep_last?"),
     ("checkpoint.keep_last=5", "checkpoint.keep_last", "did you mean checkpoints.keep_last?"),
@@ -359,5 +362,6 @@ def test_the_traceback_is_shown_on_request(overrides: list[str], in_tmp: Path) -
 def test_a_bad_job_of_a_sweep_ends_in_one_line(in_tmp: Path) -> None:
     done = command("-m", "steps=0,0", cwd=in_tmp)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "pusht-act: steps=0 is too small: give 1 or more"
+    reason = "steps=0 is too small: give 1 or more"
+    assert done.stderr.splitlines()[-1] == f"pusht-act: 2 of 2 jobs are not done (job 0: {reason})"
     assert "Traceback" not in done.stderr

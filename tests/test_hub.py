@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 import pusht_act
 from pusht_act import hub
-from pusht_act.config import Config, config_from
+from pusht_act.checked import config_from
+from pusht_act.config import Config
 from pusht_act.main import CONFIG_DIR
 from tests.conftest import TINY
 

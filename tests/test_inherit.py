@@ -19,7 +19,8 @@ from lerobot.transforms import ImageTransformsConfig
 from omegaconf import OmegaConf
 
 import pusht_act
-from pusht_act.config import Config, config_from
+from pusht_act.checked import config_from
+from pusht_act.config import Config
 from pusht_act.inherit import inherit
 from pusht_act.lerobot_config import decode
 from pusht_act.main import CONFIG_DIR

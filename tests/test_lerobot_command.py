@@ -18,7 +18,8 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 
 import pusht_act
-from pusht_act.config import Config, Mode, config_from
+from pusht_act.checked import config_from
+from pusht_act.config import Config, Mode
 from pusht_act.lerobot_command import _text, lerobot_command
 from pusht_act.lerobot_config import decode, train_pipeline_config
 from pusht_act.main import CONFIG_DIR

@@ -19,7 +19,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
 import pusht_act
-from pusht_act.config import Config, config_from
+from pusht_act.checked import config_from
+from pusht_act.config import Config
 from pusht_act.main import CONFIG_DIR
 from pusht_act.metrics import JsonLines, Metrics, Window
 from pusht_act.run_dir import RunDir

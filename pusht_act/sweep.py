@@ -1,0 +1,248 @@
+"""Sweeps that can be gone on with: what each job came to, kept in the sweep's directory.
+
+<hydra.sweep.dir>/
+  multirun.yaml     Hydra's: the composed configuration
+  sweep.json        the sweep's identity: its overrides and, of a grid, those of each job
+  jobs/0.json ...   job 0: its state, how often it was begun, what it came to
+  0/ 1/ ...         one run directory a job
+
+    pusht-act -m sweep.resume=DIR     the same overrides, numbers and folders again: jobs that are done are left alone,
+                                      those that were interrupted go on from their checkpoint, failures are tried again
+
+Files alone tell the state, so it is the same from every machine. Imports neither torch nor lerobot.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from pusht_act.config import Mode
+from pusht_act.lock import NAME as LOCK
+from pusht_act.lock import Holder
+
+if TYPE_CHECKING:
+    from pusht_act.job import Result
+
+log = logging.getLogger(__name__)
+
+IDENTITY = "sweep.json"
+FREE = ("hydra.launcher.", "hydra/launcher", "hydra.verbose", "sweep.max_tries")
+"""Overrides that a sweep may go on with other values of: where and how often its jobs run, not what they come to."""
+
+
+@dataclass
+class Job:
+    """What is known of one job; `state` is done, failed, interrupted, running or waiting."""
+
+    number: int
+    overrides: list[str]
+    state: str = "waiting"
+    tries: int = 0
+    """How often it was begun."""
+    step: int | None = None
+    objective: float | None = None
+    """Its success rate, in percent, if it was evaluated."""
+    error: str | None = None
+    """Why it failed, in a line."""
+    seconds: float = 0.0
+    """Of its last try."""
+    output_dir: str = ""
+    holder: dict[str, Any] = field(default_factory=dict)
+    """The process that began it last."""
+
+
+class Recorder(Callback):  # type: ignore[misc]
+    """Hydra's callback that writes down what a sweep is before its first job; conf/config.yaml names it."""
+
+    directory: Path | None = None
+    """Of this process's sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
+        Recorder.directory = directory = Path(config.hydra.sweep.dir)
+        task = list(config.hydra.overrides.task)
+        overrides = _of_the_sweep([*task, *config.hydra.overrides.hydra])
+        content = {"overrides": overrides, "jobs": _grid(config, task)}
+        if not (directory / IDENTITY).exists():
+            _write(directory / IDENTITY, content)
+
+
+def arguments(argv: Sequence[str]) -> list[str]:
+    """The command's arguments, those of the sweep that it is to go on with in place of `sweep.resume`.
+
+    Raises:
+        FileNotFoundError: there is no such sweep.
+        ValueError: the command, or the folder it names, is of another sweep.
+    """
+    given = dict(argument.partition("=")[::2] for argument in argv)
+    multirun = not {"-m", "--multirun"}.isdisjoint(argv)
+    named = given.get("sweep.resume", "null")
+    if named != "null":
+        if not multirun:
+            raise ValueError(f"sweep.resume={named} goes on with a sweep: give -m too")
+        began = _identity(Path(named))
+        if began is None:
+            raise FileNotFoundError(
+                f"sweep.resume={named} holds no sweep (no {IDENTITY}): give a folder such as multirun/DATE/TIME"
+            )
+        rest = [each for each in argv if each not in ("-m", "--multirun", f"sweep.resume={named}")]
+        if other := [each for each in _of_the_sweep(rest) if each not in began]:
+            raise ValueError(
+                f"{' '.join(other)}: the sweep in {named} goes on as it was begun; leave it out, or begin another one"
+            )
+        return ["-m", *began, *(each for each in rest if each not in began), f"hydra.sweep.dir={named}"]
+    if multirun and (folder := given.get("hydra.sweep.dir")) and (began := _identity(Path(folder))) is not None:
+        now = _of_the_sweep([each for each in argv if each not in ("-m", "--multirun")])
+        if now != began:
+            was, gives = (" ".join(each for each in a if each not in b) for a, b in ((began, now), (now, began)))
+            differing = f"was {was or 'without that'}, now {gives or 'without that'}" if was or gives else "in order"
+            raise ValueError(
+                f"hydra.sweep.dir={folder} holds another sweep ({differing}): give the same overrides to go on with "
+                "it, or another hydra.sweep.dir="
+            )
+    return list(argv)
+
+
+def jobs(directory: Path) -> list[Job]:
+    """All jobs of the sweep in `directory`, those that were not begun too."""
+    content = json.loads((directory / IDENTITY).read_text())
+    grid = dict(enumerate(content["jobs"]))
+    begun = (int(path.stem) for path in (directory / "jobs").glob("*.json") if path.stem.isdigit())
+    return [job(directory, number, grid.get(number, [])) for number in sorted({*grid, *begun})]
+
+
+def job(directory: Path, number: int, overrides: list[str]) -> Job:
+    """Job `number`; one that a killed process has left running is interrupted."""
+    path = directory / "jobs" / f"{number}.json"
+    try:
+        found = Job(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return Job(number, overrides)
+    if found.state == "running":
+        lock = Path(found.output_dir) / LOCK
+        untouched = time.time() - (lock if lock.exists() else path).stat().st_mtime
+        if not Holder(**found.holder).alive(untouched):
+            found.state = "interrupted"
+    return found
+
+
+def objective(
+    cfg: DictConfig, node: Any, execute: Callable[[DictConfig, Any], "Result"], explain: Callable[[Exception], str]
+) -> float | None:
+    """What the job `cfg` of a sweep comes to: done now by `execute`, or read if it was done before; None if it fails.
+
+    One job's failure is written down and stops no other.
+    """
+    directory, number = Path(node.sweep.dir), int(node.job.num)
+    found = job(directory, number, list(node.overrides.task))
+    if found.state == "done":
+        log.info("job %d is done already", number)
+        return found.objective
+    if found.state == "running":
+        log.warning("job %d is under way: process %s on %s", number, found.holder["pid"], found.holder["host"])
+        return None
+    if found.state == "failed" and found.tries >= cfg.sweep.max_tries:
+        log.warning("job %d is left alone, it failed %d times (sweep.max_tries): %s", number, found.tries, found.error)
+        return None
+    if found.tries and cfg.mode in (Mode.test, Mode.full):
+        cfg.resume.auto = True
+    began = Job(
+        number, found.overrides, "running", found.tries + 1,
+        output_dir=str(node.runtime.output_dir), holder=asdict(Holder()),
+    )  # fmt: skip
+    start = time.monotonic()
+    ended = replace(began, state="interrupted")
+    _keep(directory, began)
+    try:
+        result = execute(cfg, node)
+        ended = replace(began, state="done", step=result.step, objective=result.objective)
+    except Exception as error:  # whatever it is, the other jobs go on
+        ended = replace(began, state="failed", error=explain(error))
+        log.error("job %d: %s", number, ended.error, exc_info=not isinstance(error, ValueError | OSError))
+    finally:
+        _keep(directory, replace(ended, seconds=time.monotonic() - start))
+    return ended.objective
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Within this a sweep may run; in the end a table shows its jobs, however it ends.
+
+    Raises:
+        ValueError: some jobs are not done.
+    """
+    Recorder.directory = None
+    found: list[Job] = []
+    undone: list[Job] = []
+    try:
+        yield
+    finally:
+        directory = Recorder.directory
+        if directory is not None and (directory / "jobs").is_dir():
+            found = jobs(directory)
+            undone = [each for each in found if each.state != "done"]
+            print(*table(found), sep="\n", flush=True)
+            if undone:
+                print(f"to go on: pusht-act -m sweep.resume={directory}", flush=True)
+    if undone:
+        reasons = [f" (job {each.number}: {each.error})" for each in undone if each.error]
+        raise ValueError(f"{len(undone)} of {len(found)} jobs are not done{''.join(reasons[:1])}")
+
+
+def table(found: list[Job]) -> list[str]:
+    """Lines that show every job, by the overrides that are not those of all."""
+    common = set.intersection(*(set(each.overrides) for each in found)) if len(found) > 1 else set()
+    lines = ["| job | state       | tries |    step | success | overrides"]
+    for each in found:
+        step = "" if each.step is None else f"{each.step:,}"
+        success = "" if each.objective is None else f"{each.objective:.1f} %"
+        own = " ".join(override for override in each.overrides if override not in common)
+        lines.append(f"| {each.number:3} | {each.state:11} | {each.tries:5} | {step:>7} | {success:>7} | {own}")
+    return [*lines, *(f"job {each.number} failed: {each.error}" for each in found if each.error)]
+
+
+def _of_the_sweep(overrides: Sequence[str]) -> list[str]:
+    """Those that say what the sweep is, but not where it lies: those of its jobs, then Hydra's."""
+    said = [each for each in overrides if not each.startswith((*FREE, "hydra.sweep.dir=", "hydra.mode="))]
+    return sorted(said, key=lambda each: each.startswith(("hydra.", "hydra/")))
+
+
+def _grid(config: DictConfig, overrides: list[str]) -> list[list[str]]:
+    """The overrides of each job in Hydra's own order; empty where a sweeper chooses them as it goes."""
+    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+        return []
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, None)
+    return batches[0]
+
+
+def _identity(directory: Path) -> list[str] | None:
+    try:
+        overrides: list[str] = json.loads((directory / IDENTITY).read_text())["overrides"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
+    return overrides
+
+
+def _keep(directory: Path, found: Job) -> None:
+    """Write down what is known of a job."""
+    _write(directory / "jobs" / f"{found.number}.json", asdict(found))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """All at once: another process may be reading it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.replace(path)

@@ -1,0 +1,145 @@
+"""Sweeps: what their jobs came to is kept, and one that was cut short is gone on with by one command."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.forked import Commands, appears
+from pusht_act import sweep
+from pusht_act.lock import Holder
+from pusht_act.sweep import Job, arguments, jobs
+from tests.conftest import tiny_command
+from tests.test_evaluations import outcome
+from tests.test_train import assert_same_bits
+
+BEGAN = ["mode=test", "seed=1,2", "hydra/sweeper=basic"]
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """The folder of a sweep."""
+    content = {"overrides": BEGAN, "jobs": [["mode=test", "seed=1"], ["mode=test", "seed=2"]]}
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_a_sweep_goes_on_with_the_overrides_it_was_begun_with(begun: Path) -> None:
+    there = f"hydra.sweep.dir={begun}"
+    assert arguments(["-m", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there]
+    elsewhere = ["hydra/launcher=submitit_local", "sweep.max_tries=9"]
+    assert arguments([*elsewhere, "--multirun", f"sweep.resume={begun}"]) == ["-m", *BEGAN, *elsewhere, there]
+    assert arguments(["-m", "seed=1,2", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there]
+
+
+def test_the_same_command_goes_on_too(begun: Path) -> None:
+    hydras_among_them = ["-m", "mode=test", "hydra/sweeper=basic", f"hydra.sweep.dir={begun}", "seed=1,2"]
+    assert arguments(hydras_among_them) == hydras_among_them
+
+
+@pytest.mark.parametrize("argv", [["mode=test"], ["-m", "seed=1,2"], ["-m", "seed=1,2", "hydra.sweep.dir=/nowhere"]])
+def test_other_commands_are_left_alone(argv: list[str]) -> None:
+    assert arguments(argv) == argv
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["sweep.resume=DIR"], "sweep.resume=DIR goes on with a sweep: give -m too"),
+        (["-m", "sweep.resume=DIR/0"], "sweep.resume=DIR/0 holds no sweep (no sweep.json): give a folder such as"),
+        (["-m", "sweep.resume=DIR", "seed=3"], "seed=3: the sweep in DIR goes on as it was begun; leave it out"),
+        (["-m", "hydra.sweep.dir=DIR", "mode=test", "seed=1,2,3", "hydra/sweeper=basic"],
+         "hydra.sweep.dir=DIR holds another sweep (was seed=1,2, now seed=1,2,3): give the same overrides"),
+        (["-m", "hydra.sweep.dir=DIR", "mode=test", "hydra/sweeper=basic"], "(was seed=1,2, now without that)"),
+        (["-m", "hydra.sweep.dir=DIR", "seed=1,2", "mode=test", "hydra/sweeper=basic"], "(in order)"),
+    ],
+)  # fmt: skip
+def test_another_sweep_is_refused_with_what_differs(argv: list[str], said: str, begun: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        arguments([each.replace("DIR", str(begun)) for each in argv])
+    assert said.replace("DIR", str(begun)) in str(caught.value)
+
+
+def test_a_damaged_identity_is_named(begun: Path) -> None:
+    (begun / "sweep.json").write_text("{")
+    with pytest.raises(ValueError, match="sweep.json is damaged"):
+        arguments(["-m", f"sweep.resume={begun}"])
+
+
+def test_a_job_whose_process_is_gone_was_interrupted(begun: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", "import json, dataclasses, pusht_act.lock as l; "
+         "print(json.dumps(dataclasses.asdict(l.Holder())))"],
+        capture_output=True, check=True,
+    )  # fmt: skip
+    (begun / "jobs").mkdir()
+    for number, holder in enumerate((json.loads(ended.stdout), asdict(Holder()))):
+        content = asdict(Job(number, [f"seed={number + 1}"], "running", 1, holder=holder))
+        (begun / "jobs" / f"{number}.json").write_text(json.dumps(content))
+    assert [each.state for each in jobs(begun)] == ["interrupted", "running"]
+    (begun / "jobs" / "1.json").unlink()
+    assert [each.state for each in jobs(begun)] == ["interrupted", "waiting"]
+    assert [line.split("|")[-1].strip() for line in sweep.table(jobs(begun))][1:] == ["seed=1", "mode=test seed=2"]
+
+
+def ran(run: Path) -> int:
+    """How often a run was begun."""
+    return len((run / "runs.jsonl").read_text().splitlines())
+
+
+def states(printed: str) -> list[list[str]]:
+    """Number, state and tries of each job in the table."""
+    rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if re.match(r"\| +\d", line)]
+    return [row[1:4] for row in rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
+def test_a_sweep_that_was_cut_short_comes_to_the_same_bits(
+    number: signal.Signals, commands: Commands, tmp_path: Path
+) -> None:
+    command = ["-m", *tiny_command("steps=40", "save_freq=2", "eval_freq=20", "seed=1,2,3")]
+    whole, cut, output = tmp_path / "whole", tmp_path / "cut", tmp_path / "output"
+    assert commands.run([*command, f"hydra.sweep.dir={whole}"], output) == 0, output.read_text()
+    assert states(output.read_text()) == [["0", "done", "1"], ["1", "done", "1"], ["2", "done", "1"]]
+
+    pid = commands.start([*command, f"hydra.sweep.dir={cut}"], output)
+    appears(output, "#1 :")
+    appears(cut / "1" / "metrics.jsonl", '"step": 8,')
+    os.kill(pid, number)
+    assert commands.wait(pid) == (-number if number == signal.SIGKILL else 128 + number)
+    assert [each.state for each in jobs(cut)] == ["done", "interrupted", "waiting"]
+    if number == signal.SIGTERM:
+        printed = output.read_text()
+        assert states(printed) == [["0", "done", "1"], ["1", "interrupted", "1"], ["2", "waiting", "0"]]
+        assert f"to go on: pusht-act -m sweep.resume={cut}" in printed
+
+    assert commands.run(["-m", f"sweep.resume={cut}"], output) == 0, output.read_text()
+    assert states(output.read_text()) == [["0", "done", "1"], ["1", "done", "2"], ["2", "done", "1"]]
+    assert [ran(cut / job) for job in "012"] == [1, 2, 1]
+    assert re.search(r"going on from \S+/1/checkpoints/0000\d\d", output.read_text())
+    for job in "012":
+        assert_same_bits(whole / job, cut / job)
+        assert outcome(whole / job) == outcome(cut / job)
+
+
+def test_a_job_that_fails_stops_no_other_and_is_tried_again_so_often(commands: Commands, tmp_path: Path) -> None:
+    folder, output = tmp_path / "sweep", tmp_path / "output"
+    command = ["-m", *tiny_command("policy.n_heads=3,4"), "sweep.max_tries=2", f"hydra.sweep.dir={folder}"]
+    for tries in (1, 2, 2):
+        assert commands.run(command, output) == 1
+        printed = output.read_text()
+        assert states(printed) == [["0", "failed", str(tries)], ["1", "done", "1"]]
+        assert "job 0 failed: policy.dim_model=32 is not a multiple of policy.n_heads=3" in printed
+        last = printed.splitlines()[-1]
+        assert last.startswith("pusht-act: 1 of 2 jobs are not done (job 0: policy.dim_model=32 is not a multiple")
+        assert "Traceback" not in printed
+    assert "job 0 is left alone, it failed 2 times (sweep.max_tries)" in printed
+    assert commands.run(["-m", f"sweep.resume={folder}", "sweep.max_tries=3"], output) == 1
+    assert states(output.read_text())[0] == ["0", "failed", "3"]
+    assert ran(folder / "1") == 1
