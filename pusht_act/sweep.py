@@ -70,8 +70,7 @@ class Recorder(Callback):  # type: ignore[misc]
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
         Recorder.directory = directory = Path(config.hydra.sweep.dir)
         task = list(config.hydra.overrides.task)
-        overrides = _of_the_sweep([*task, *config.hydra.overrides.hydra])
-        content = {"overrides": overrides, "jobs": _grid(config, task)}
+        content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": _grid(config, task)}
         if not (directory / IDENTITY).exists():
             _write(directory / IDENTITY, content)
 
@@ -94,17 +93,20 @@ def arguments(argv: Sequence[str]) -> list[str]:
             raise FileNotFoundError(
                 f"sweep.resume={named} holds no sweep (no {IDENTITY}): give a folder such as multirun/DATE/TIME"
             )
-        rest = [each for each in argv if each not in ("-m", "--multirun", f"sweep.resume={named}")]
+        rest = [each for each in _recorded(argv) if each != f"sweep.resume={named}"]
         if other := [each for each in _of_the_sweep(rest) if each not in began]:
             raise ValueError(
                 f"{' '.join(other)}: the sweep in {named} goes on as it was begun; leave it out, or begin another one"
             )
-        return ["-m", *began, *(each for each in rest if each not in began), f"hydra.sweep.dir={named}"]
+        elsewhere = [each for each in rest if each.startswith(FREE)]
+        replaced = {each.partition("=")[0] for each in elsewhere}
+        kept = [each for each in began if each.partition("=")[0] not in replaced]
+        return ["-m", *kept, *elsewhere, f"hydra.sweep.dir={named}"]
     if multirun and (folder := given.get("hydra.sweep.dir")) and (began := _identity(Path(folder))) is not None:
-        now = _of_the_sweep([each for each in argv if each not in ("-m", "--multirun")])
-        if now != began:
-            was, gives = (" ".join(each for each in a if each not in b) for a, b in ((began, now), (now, began)))
-            differing = f"was {was or 'without that'}, now {gives or 'without that'}" if was or gives else "in order"
+        was, now = _of_the_sweep(began), _of_the_sweep(_recorded(argv))
+        if now != was:
+            lost, new = (" ".join(each for each in a if each not in b) for a, b in ((was, now), (now, was)))
+            differing = f"was {lost or 'without that'}, now {new or 'without that'}" if lost or new else "in order"
             raise ValueError(
                 f"hydra.sweep.dir={folder} holds another sweep ({differing}): give the same overrides to go on with "
                 "it, or another hydra.sweep.dir="
@@ -183,8 +185,11 @@ def reported() -> Iterator[None]:
     Recorder.directory = None
     found: list[Job] = []
     undone: list[Job] = []
+    broken: RuntimeError | None = None
     try:
         yield
+    except RuntimeError as error:  # submitit's, of a job whose process was killed: the table shows that
+        broken = error
     finally:
         directory = Recorder.directory
         if directory is not None and (directory / "jobs").is_dir():
@@ -195,7 +200,9 @@ def reported() -> Iterator[None]:
                 print(f"to go on: pusht-act -m sweep.resume={directory}", flush=True)
     if undone:
         reasons = [f" (job {each.number}: {each.error})" for each in undone if each.error]
-        raise ValueError(f"{len(undone)} of {len(found)} jobs are not done{''.join(reasons[:1])}")
+        raise ValueError(f"{len(undone)} of {len(found)} jobs are not done{''.join(reasons[:1])}") from broken
+    if broken is not None:
+        raise broken
 
 
 def table(found: list[Job]) -> list[str]:
@@ -210,10 +217,16 @@ def table(found: list[Job]) -> list[str]:
     return [*lines, *(f"job {each.number} failed: {each.error}" for each in found if each.error)]
 
 
-def _of_the_sweep(overrides: Sequence[str]) -> list[str]:
-    """Those that say what the sweep is, but not where it lies: those of its jobs, then Hydra's."""
-    said = [each for each in overrides if not each.startswith((*FREE, "hydra.sweep.dir=", "hydra.mode="))]
+def _recorded(overrides: Sequence[str]) -> list[str]:
+    """All but where the sweep lies: those of its jobs, then Hydra's."""
+    left_out = ("hydra.sweep.dir=", "hydra.mode=", "-m", "--multirun")
+    said = [each for each in overrides if not each.startswith(left_out)]
     return sorted(said, key=lambda each: each.startswith(("hydra.", "hydra/")))
+
+
+def _of_the_sweep(overrides: Sequence[str]) -> list[str]:
+    """Those that say what its jobs come to."""
+    return [each for each in overrides if not each.startswith(FREE)]
 
 
 def _grid(config: DictConfig, overrides: list[str]) -> list[list[str]]:

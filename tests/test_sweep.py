@@ -33,9 +33,20 @@ def begun(tmp_path: Path) -> Path:
 def test_a_sweep_goes_on_with_the_overrides_it_was_begun_with(begun: Path) -> None:
     there = f"hydra.sweep.dir={begun}"
     assert arguments(["-m", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there]
-    elsewhere = ["hydra/launcher=submitit_local", "sweep.max_tries=9"]
+    elsewhere = ["sweep.max_tries=9", "hydra/launcher=submitit_local"]
     assert arguments([*elsewhere, "--multirun", f"sweep.resume={begun}"]) == ["-m", *BEGAN, *elsewhere, there]
-    assert arguments(["-m", "seed=1,2", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there]
+    assert arguments(["-m", "seed=1,2", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there], "in the order of then"
+
+
+def test_it_goes_on_with_its_launcher_unless_another_is_given(begun: Path) -> None:
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "sweep.max_tries=9"]
+    content = json.loads((begun / "sweep.json").read_text())
+    (begun / "sweep.json").write_text(json.dumps({**content, "overrides": [*BEGAN, *launcher]}))
+    there = f"hydra.sweep.dir={begun}"
+    assert arguments(["-m", f"sweep.resume={begun}"]) == ["-m", *BEGAN, *launcher, there]
+    other = ["sweep.max_tries=2", "hydra.launcher.partition=cpu"]
+    assert arguments(["-m", *other, f"sweep.resume={begun}"]) == ["-m", *BEGAN, launcher[0], *other, there]
+    assert arguments(["-m", *BEGAN, there]) == ["-m", *BEGAN, there], "elsewhere is no other sweep"
 
 
 def test_the_same_command_goes_on_too(begun: Path) -> None:
