@@ -92,9 +92,9 @@ def test_a_server_that_breaks_amid_a_run_does_not_hold_it_up(
         began = time.perf_counter()
         for step in range(2, STEPS + 1):
             metrics.log("train", {"loss": 0.5}, step)
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < 30  # a hanging server holds each request for 60
         began = time.perf_counter()
-    assert time.perf_counter() - began < 15
+    assert time.perf_counter() - began < 40
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     (file,) = (tmp_path / "wandb").glob("run-*/*.wandb")
     assert f"what it did not get is in {file.parent} (`wandb sync` sends that), metrics.jsonl has all" in warning
