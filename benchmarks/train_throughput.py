@@ -32,8 +32,11 @@ from typing import Any
 
 from measure import Clocked, Turn, data_overrides, on_cuda, record, spread, stock_arguments, told, turn
 
-SMALL = ["policy=act_small", "policy.chunk_size=16", "+policy.n_decoder_layers=2"]
-"""Width 64, 2 + 2 layers."""
+SMALL = [
+    "policy=act_small", "policy.chunk_size=16", "+policy.n_decoder_layers=2", "+policy.use_vae=false",
+    "+policy.dropout=0.0",
+]  # fmt: skip
+"""Width 64, 2 + 2 layers; without VAE and dropout, which keypoints do not need (conf/experiment/quickstart.yaml)."""
 CASES: dict[str, dict[str, Any]] = {
     "act": {"sides": ["ours", "stock", "compute"], "batch_sizes": [8, 32, 64], "policy": []},
     "small_keypoints": {"sides": ["ours", "eager", "compute", "stock"], "batch_sizes": [64], "policy": SMALL},
