@@ -23,7 +23,7 @@ from jaxtyping import Float32, Float64, UInt8
 from pusht_act.config import EvalConfig
 from pusht_act.cores import cores
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
-from pusht_act.demos.replay import advance, count_no_contacts, picture
+from pusht_act.demos.replay import advance, count_no_contacts, frame, picture
 from pusht_act.signals import withheld
 
 Observation = dict[str, np.ndarray]
@@ -184,7 +184,7 @@ class _Environment:
 
     def _record(self, frames: list[Frame]) -> None:
         if self._recorded:
-            frames.append(self._env.render())
+            frames.append(frame(self._env))
 
     def _state(self) -> State:
         env = self._env

@@ -19,7 +19,6 @@ from lerobot.envs.configs import PushtEnv
 from lerobot.envs.utils import preprocess_observation
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
-from lerobot.utils.io_utils import write_video
 from tqdm import tqdm
 
 from pusht_act.config import EvalConfig
@@ -27,6 +26,7 @@ from pusht_act.environments import Environments, Episode, Frame, State, Task, Tu
 from pusht_act.film_strip import film_strip
 from pusht_act.policy import Processors, autocast
 from pusht_act.statistics import wilson_interval
+from pusht_act.video import write_videos
 
 FILM_STRIP = "film_strip.png"
 
@@ -209,8 +209,7 @@ def _write(evaluation: Evaluation, directory: Path, frames: list[list[Frame]], f
         writer = csv.DictWriter(file, fieldnames=list(asdict(episodes[0])))
         writer.writeheader()
         writer.writerows(asdict(episode) for episode in episodes)
-    for i, pictures in enumerate(frames):
-        write_video(directory / _video(i), pictures, fps)
+    write_videos({directory / _video(i): pictures for i, pictures in enumerate(frames)}, fps)
     if frames:
         film_strip(frames[0], episodes[0].success, episodes[0].seed).save(directory / FILM_STRIP)
     record = {**evaluation.metrics, "start_seed": episodes[0].seed, "eval_s": evaluation.seconds}

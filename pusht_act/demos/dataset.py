@@ -30,11 +30,12 @@ from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.lerobot_writer import FPS, write_lerobot
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.demos.quality import HUMAN, quality, table
-from pusht_act.demos.replay import Start, make_env, reset_to
+from pusht_act.demos.replay import Start, frame, make_env, reset_to
 from pusht_act.film_strip import film_strip
 from pusht_act.lerobot_config import decode_env
 from pusht_act.lock import remove_dead
 from pusht_act.run_dir import RunDir, check_unused, command_line, move_aside, package_versions, write_provenance
+from pusht_act.video import write_video
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +149,6 @@ def _write_beside(
     root: Path, tried: Sequence[Demonstration], figures: dict[str, float], options: PlannerOptions
 ) -> None:
     """What LeRobot does not keep, and what one looks at first."""
-    from lerobot.utils.io_utils import write_video
-
     solved = [made for made in tried if made.success]
     first = solved[0].start
     kind = "seed" if isinstance(first, int) else "start"
@@ -179,8 +178,8 @@ def _film(made: Demonstration) -> list[UInt8[np.ndarray, "H W 3"]]:
     env = make_env()
     env.visualization_width = env.visualization_height = 384
     reset_to(env, made.start)
-    pictures = [env.render()]
+    pictures = [frame(env)]
     for action in made.executed:
         env.step(action)
-        pictures.append(env.render())
+        pictures.append(frame(env))
     return pictures

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pusht_act.demos import embedded
-from pusht_act.demos.replay import replay, reset_to
+from pusht_act.demos.replay import frame, make_env, replay, reset_to
 
 
 def rolled_out(start: int, actions: np.ndarray, obs_type: str) -> tuple[list, list]:
@@ -47,6 +47,16 @@ def test_pictures_are_those_of_the_environment() -> None:
     assert image.shape == (20, 96, 96, 3)
     assert image.dtype == np.uint8
     np.testing.assert_array_equal(image, [o["pixels"] for o in observations])
+
+
+def test_a_video_shows_what_the_environment_draws() -> None:
+    env = make_env()
+    env.visualization_width, env.visualization_height = 203, 384
+    env.reset(seed=1)
+    np.testing.assert_array_equal(frame(env), env.render())
+    for action in embedded.load(1)[0].action[:60:6]:
+        env.step(action)
+        np.testing.assert_array_equal(frame(env), env.render())
 
 
 def test_a_state_that_was_seen_can_be_returned_to() -> None:
