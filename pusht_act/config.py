@@ -49,7 +49,15 @@ class SweepConfig:
     resume: str | None = None
     """The folder of a sweep, hydra.sweep.dir: it goes on with the overrides that it was begun with."""
     max_tries: int = MISSING
-    """How often a job that fails is begun in all; each time that the sweep is gone on with is another try."""
+    """How often a job may fail; each time that the sweep is gone on with it is tried again."""
+
+
+@dataclass
+class ClusterConfig:
+    """Sweeps on SLURM; the group `cluster` sets hydra.launcher's values."""
+
+    dry_run: bool = MISSING
+    """With -m: print the script that SLURM would be given, and stop."""
 
 
 @dataclass
@@ -211,6 +219,7 @@ class Config:
     """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

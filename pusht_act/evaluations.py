@@ -124,9 +124,9 @@ class Evaluations:
             self._former_best, self.state.best = best, {"step": step, "score": score}
             self._link_best()
 
-    def wants_checkpoint(self, step: int, stops: bool) -> bool:
-        """Whether `step` is evaluated, is the best or where the run `stops`: to be saved, noted in `state.spare`."""
-        wanted = stops or step in (self.state.pending, self._best_step)
+    def wants_checkpoint(self, step: int, asked: bool) -> bool:
+        """Whether `step` is evaluated, is the best or was `asked` for: to be saved, noted in `state.spare`."""
+        wanted = asked or step in (self.state.pending, self._best_step)
         if wanted and step not in self.state.spare:
             self.state.spare.append(step)
         return wanted

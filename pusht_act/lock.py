@@ -1,12 +1,13 @@
 """One writer to a run directory: a file `lock` in it that names the process which holds it.
 
-    lock                 {"host", "pid", "started", "boot", "namespace", "token", "since"}, touched every 30 s
+    lock                 {"host", "pid", "started", "boot", "namespace", "slurm", "token", "since"}, touched every 30 s
     .lock.<token>        held as the lock is, by whoever is taking the place of the dead holder <token>
     .lock.<token>.new    about to become one of these
 
 On the holder's own machine its process is looked up, start time included, since numbers are used again; one of an
-earlier boot is dead. Of a holder elsewhere, another container included, only the touches tell: it is dead when there
-was none for 5 minutes by the file server's clock. Imports neither torch nor lerobot.
+earlier boot is dead. So is the one that a SLURM job was before SLURM queued it again, wherever that ran. Of any other
+holder elsewhere, another container included, only the touches tell: it is dead when there was none for 5 minutes by the
+file server's clock. Imports neither torch nor lerobot.
 """
 
 import json
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,11 @@ TOUCHED = 30.0
 """Seconds between two signs of life."""
 DEAD = 300.0
 """Seconds without one after which a holder on another machine counts as dead."""
+
+
+def _slurm() -> dict[str, int] | None:
+    job = os.environ.get("SLURM_JOB_ID")
+    return {"job": int(job), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0"))} if job else None
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Holder:
     boot: str | None = field(default_factory=lambda: _text("/proc/sys/kernel/random/boot_id"))
     namespace: str | None = field(default_factory=lambda: _link("/proc/self/ns/pid"))
     """That its pid is of: a container has one of its own."""
+    slurm: dict[str, int] | None = field(default_factory=_slurm)
+    """The SLURM job that it is of, and how often that was begun before."""
     token: str = field(default_factory=lambda: uuid4().hex)
     """Of this holding."""
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
@@ -49,12 +58,25 @@ class Holder:
     def alive(self, untouched: float) -> bool:
         """Whether the process still holds what it last touched `untouched` seconds ago."""
         here = Holder()
+        if self.slurm is not None and here.slurm is not None:
+            job, restarts = here.slurm["job"], here.slurm["restarts"]
+            if self.slurm["job"] == job and self.slurm["restarts"] < restarts:
+                return False
         if self.host == here.host and None not in (self.boot, here.boot):
             if self.boot != here.boot:
                 return False
             if self.namespace == here.namespace:
                 return self.started is not None and self.started == _started(self.pid)
         return untouched < DEAD
+
+    @classmethod
+    def read(cls, content: dict[str, Any]) -> "Holder":
+        """The one whose fields are `content`; what an older version did not write is unknown, not this process's.
+
+        Raises:
+            TypeError: they are no holder's.
+        """
+        return cls(**{"slurm": None, **content})
 
     def is_here(self) -> bool:
         """Whether it is this process."""
@@ -206,12 +228,13 @@ def _take(path: Path, holder: Holder) -> None:
 def _read(path: Path) -> Holder | None:
     """Whose lock it is; None when there is none, a holder unknown when it was not written by this program."""
     try:
-        content = json.loads(path.read_text())
-        return Holder(**content)
+        return Holder.read(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        return Holder(host="unknown", pid=0, started=None, boot=None, namespace=None, token="unknown", since="unknown")
+        return Holder(
+            host="unknown", pid=0, started=None, boot=None, namespace=None, slurm=None, token="unknown", since="unknown"
+        )
 
 
 def _age(path: Path, new: Path) -> float | None:

@@ -5,9 +5,12 @@
         at_once()       ... but where that waits or evaluates, which is broken off
     withheld()          processes begun in here never see a signal: they end with their parent
 
-A second Ctrl-C is a KeyboardInterrupt at once. Imports neither torch nor lerobot.
+A second Ctrl-C is a KeyboardInterrupt at once. In a job that SLURM runs SIGTERM only asks for a checkpoint: it comes
+before a kill, after which SLURM queues the job again, or before SIGUSR2, at which submitit does. Imports neither torch
+nor lerobot.
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -48,6 +51,8 @@ class Stop:
     """The first signal."""
     listening: bool = False
     deferred: bool = False
+    save_asked: bool = False
+    """Whether there was a signal after which a checkpoint is wanted and the job goes on."""
 
     @property
     def asked(self) -> bool:
@@ -63,12 +68,20 @@ class Stop:
         if self.received is not None:
             raise Stopped(self.received, step, checkpoint)
 
+    def wants_checkpoint(self) -> bool:
+        """Whether one is wanted now, as it is once for a signal."""
+        wanted, self.save_asked = self.asked or self.save_asked, False
+        return wanted
+
 
 _stop = Stop()
 
 
 def _handle(number: int, _frame: object) -> None:
     """Runs between any two bytecodes of the main thread, so it notes the signal and logs nothing."""
+    if number == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        _stop.save_asked = True
+        return
     again, _stop.received = _stop.asked, _stop.received or number
     if again and number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -90,7 +103,7 @@ def listening() -> Iterator[None]:
         return
     former = {number: signal.getsignal(number) for number in STOPPING}
     ours = [number for number, handler in former.items() if handler not in (signal.SIG_IGN, None)]
-    _stop.received, _stop.deferred, _stop.listening = None, False, True
+    _stop.received, _stop.deferred, _stop.listening, _stop.save_asked = None, False, True, False
     try:
         for number in ours:
             signal.signal(number, _handle)

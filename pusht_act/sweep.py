@@ -14,18 +14,20 @@ Files alone tell the state, so it is the same from every machine. Imports neithe
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from pusht_act.cluster import sbatch_script, wait_for_all
 from pusht_act.config import Mode
 from pusht_act.lock import NAME as LOCK
 from pusht_act.lock import Holder
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDENTITY = "sweep.json"
-FREE = ("hydra.launcher.", "hydra/launcher", "hydra.verbose", "sweep.max_tries")
+FREE = ("hydra.launcher.", "hydra/launcher", "cluster=", "hydra.verbose", "sweep.max_tries")
 """Overrides that a sweep may go on with other values of: where and how often its jobs run, not what they come to."""
 
 
@@ -49,6 +51,8 @@ class Job:
     state: str = "waiting"
     tries: int = 0
     """How often it was begun."""
+    failures: int = 0
+    """How often it failed."""
     step: int | None = None
     objective: float | None = None
     """Its success rate, in percent, if it was evaluated."""
@@ -66,11 +70,17 @@ class Recorder(Callback):  # type: ignore[misc]
 
     directory: Path | None = None
     """Of this process's sweep."""
+    hydra_node: DictConfig | None = None
+    """Its Hydra configuration."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
-        Recorder.directory = directory = Path(config.hydra.sweep.dir)
         task = list(config.hydra.overrides.task)
-        content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": _grid(config, task)}
+        grid = _grid(config, task)
+        if config.cluster.dry_run:
+            _show_script(config.hydra, max(len(grid), 1))
+        Recorder.directory = directory = Path(config.hydra.sweep.dir)
+        Recorder.hydra_node = config.hydra
+        content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": grid}
         if not (directory / IDENTITY).exists():
             _write(directory / IDENTITY, content)
 
@@ -84,6 +94,8 @@ def arguments(argv: Sequence[str]) -> list[str]:
     """
     given = dict(argument.partition("=")[::2] for argument in argv)
     multirun = not {"-m", "--multirun"}.isdisjoint(argv)
+    if given.get("cluster.dry_run", "false").lower() == "true" and not multirun:
+        raise ValueError("cluster.dry_run=true shows the script of a sweep: give -m too")
     named = given.get("sweep.resume", "null")
     if named != "null":
         if not multirun:
@@ -132,7 +144,7 @@ def job(directory: Path, number: int, overrides: list[str]) -> Job:
     if found.state == "running":
         lock = Path(found.output_dir) / LOCK
         untouched = time.time() - (lock if lock.exists() else path).stat().st_mtime
-        if not Holder(**found.holder).alive(untouched):
+        if not Holder.read(found.holder).alive(untouched):
             found.state = "interrupted"
     return found
 
@@ -152,13 +164,15 @@ def objective(
     if found.state == "running":
         log.warning("job %d is under way: process %s on %s", number, found.holder["pid"], found.holder["host"])
         return None
-    if found.state == "failed" and found.tries >= cfg.sweep.max_tries:
-        log.warning("job %d is left alone, it failed %d times (sweep.max_tries): %s", number, found.tries, found.error)
+    if found.state == "failed" and found.failures >= cfg.sweep.max_tries:
+        log.warning(
+            "job %d is left alone, it failed %d times (sweep.max_tries): %s", number, found.failures, found.error
+        )
         return None
     if found.tries and cfg.mode in (Mode.test, Mode.full):
         cfg.resume.auto = True
     began = Job(
-        number, found.overrides, "running", found.tries + 1,
+        number, found.overrides, "running", found.tries + 1, found.failures,
         output_dir=str(node.runtime.output_dir), holder=asdict(Holder()),
     )  # fmt: skip
     start = time.monotonic()
@@ -168,7 +182,7 @@ def objective(
         result = execute(cfg, node)
         ended = replace(began, state="done", step=result.step, objective=result.objective)
     except Exception as error:  # whatever it is, the other jobs go on
-        ended = replace(began, state="failed", error=explain(error))
+        ended = replace(began, state="failed", failures=began.failures + 1, error=explain(error))
         log.error("job %d: %s", number, ended.error, exc_info=not isinstance(error, ValueError | OSError))
     finally:
         _keep(directory, replace(ended, seconds=time.monotonic() - start))
@@ -182,7 +196,7 @@ def reported() -> Iterator[None]:
     Raises:
         ValueError: some jobs are not done.
     """
-    Recorder.directory = None
+    Recorder.directory = Recorder.hydra_node = None
     found: list[Job] = []
     undone: list[Job] = []
     broken: RuntimeError | None = None
@@ -190,6 +204,8 @@ def reported() -> Iterator[None]:
         yield
     except RuntimeError as error:  # submitit's, of a job whose process was killed: the table shows that
         broken = error
+        if Recorder.hydra_node is not None:
+            wait_for_all(Recorder.hydra_node)
     finally:
         directory = Recorder.directory
         if directory is not None and (directory / "jobs").is_dir():
@@ -202,7 +218,9 @@ def reported() -> Iterator[None]:
         reasons = [f" (job {each.number}: {each.error})" for each in undone if each.error]
         raise ValueError(f"{len(undone)} of {len(found)} jobs are not done{''.join(reasons[:1])}") from broken
     if broken is not None:
-        raise broken
+        if directory is None:
+            raise broken
+        raise ValueError(f"the sweep's jobs could not be begun: {_plainly(broken)}") from broken
 
 
 def table(found: list[Job]) -> list[str]:
@@ -215,6 +233,27 @@ def table(found: list[Job]) -> list[str]:
         own = " ".join(override for override in each.overrides if override not in common)
         lines.append(f"| {each.number:3} | {each.state:11} | {each.tries:5} | {step:>7} | {success:>7} | {own}")
     return [*lines, *(f"job {each.number} failed: {each.error}" for each in found if each.error)]
+
+
+def _plainly(error: RuntimeError) -> str:
+    """A launcher's error and what to do about it."""
+    said = " ".join(str(error).split())
+    if "srun" in said and "slurm cluster" in said:
+        return "there is no SLURM on this machine (no srun): leave out cluster= and hydra/launcher=, or log in to one"
+    if "sbatch" in said:
+        refused = [line.strip() for line in str(error).splitlines() if line.strip().startswith("sbatch: error:")]
+        reason = "; ".join(line.removeprefix("sbatch: error: ") for line in refused) or said
+        return f"SLURM refused them ({reason}): hydra.launcher.partition= and the like say what they ask for"
+    return said
+
+
+def _show_script(hydra_node: DictConfig, n_jobs: int) -> NoReturn:
+    """Leave at once: what a callback raises, Hydra makes a warning of."""
+    try:
+        print(sbatch_script(hydra_node, n_jobs))
+    except ValueError as error:
+        sys.exit(f"pusht-act: {error}")
+    sys.exit()
 
 
 def _recorded(overrides: Sequence[str]) -> list[str]:

@@ -279,10 +279,10 @@ def _train(
             if evaluates:
                 evaluations.begin(step)
             profile.end("eval")
-            stops = stop.asked  # from here on a signal is the next step's
-            if stops and not saves:
+            stops, wanted = stop.asked, stop.wants_checkpoint()  # from here on a signal is the next step's
+            if wanted and not saves:
                 check(config.train, objects, state, window, batch, step)
-            if config.save_checkpoint and (saves or evaluations.wants_checkpoint(step, stops)):
+            if config.save_checkpoint and (saves or evaluations.wants_checkpoint(step, wanted)):
                 state.step, state.sampler, state.window = step, order.state_dict(), window.sums()
                 saver.begin()
             profile.end_step("saving")

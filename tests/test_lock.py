@@ -218,3 +218,25 @@ def test_a_lock_is_given_back_when_the_job_is_over(tiny: Callable[..., Result]) 
     run = tiny("steps=1").output_dir
     assert not any(path.name.endswith(NAME) for path in run.rglob("*"))
     pusht_act.run(["mode=resume", f"output_dir={run}", "steps=2"])
+
+
+def test_what_a_slurm_job_was_before_it_was_queued_again_is_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it ran: its node tells nothing of it to the one that the job runs on now."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for slurm in ({"job": 7, "restarts": 1}, {"job": 8, "restarts": 0}, None):
+        leave(tmp_path, replace(ELSEWHERE, slurm=slurm))
+        assert "on elsewhere" in refused(tmp_path)
+    leave(tmp_path, replace(ELSEWHERE, slurm={"job": 7, "restarts": 0}))
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_of_before_slurm_was_noted_is_read(tmp_path: Path) -> None:
+    path = leave(tmp_path, ELSEWHERE)
+    content = json.loads(path.read_text())
+    del content["slurm"]
+    path.write_text(json.dumps(content))
+    assert "on elsewhere" in refused(tmp_path)

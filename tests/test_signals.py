@@ -1,7 +1,9 @@
 """A signal stops a job: at the end of a training step, which is saved, and anywhere else at once."""
 
 import json
+import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -205,6 +207,28 @@ def test_a_launchers_process_hands_the_signal_to_its_launcher(monkeypatch: pytes
         assert heard == [signal.SIGUSR2]
     finally:
         signal.signal(signal.SIGUSR2, former)
+
+
+def test_in_a_slurm_job_sigterm_saves_and_training_goes_on(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A kill follows, or SIGUSR2."""
+
+    class Sends(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith("step 3/"):
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    sends, logger = Sends(), logging.getLogger("pusht_act.train")
+    logger.addHandler(sends)
+    try:
+        result = tiny("steps=6", "save_freq=0")
+    finally:
+        logger.removeHandler(sends)
+    assert result.step == 6
+    assert [int(step) for step in re.findall(r"step (\d+): saved", caplog.text)] == [3, 6]
+    assert [path.name for path in (result.output_dir / "checkpoints").glob("0*")] == ["000006"]
 
 
 def _steps(number: int) -> None:

@@ -154,3 +154,23 @@ def test_a_job_that_fails_stops_no_other_and_is_tried_again_so_often(commands: C
     assert commands.run(["-m", f"sweep.resume={folder}", "sweep.max_tries=3"], output) == 1
     assert states(output.read_text())[0] == ["0", "failed", "3"]
     assert ran(folder / "1") == 1
+
+
+def test_the_script_for_slurm_is_shown_and_nothing_is_written(commands: Commands, tmp_path: Path) -> None:
+    output, sweep_dir = tmp_path / "output", tmp_path / "sweep"
+    command = ["-m", "seed=1,2,3", "cluster.dry_run=true", f"hydra.sweep.dir={sweep_dir}"]
+    asked_for = ["hydra.launcher.partition=gpu", "hydra.launcher.mem_gb=7", "hydra.launcher.array_parallelism=2"]
+    setup = "hydra.launcher.setup=['module load cuda']"
+    assert commands.run([*command, "cluster=slurm", *asked_for, setup], output) == 0, output.read_text()
+    script = output.read_text()
+    lines = ["--array=0-2%2", "--partition=gpu", "--mem=7GB", "--signal=USR2@120", "--time=720", "--job-name=act_pusht"]
+    assert {f"#SBATCH {line}" for line in lines} <= set(script.splitlines())
+    assert script.index("\nmodule load cuda\n") < script.index("\nsrun ")
+    assert commands.run([*command, "cluster=slurm", "seed=1"], output) == 0
+    assert "--array" not in output.read_text()
+    assert not sweep_dir.exists()
+    assert commands.run(command, output) == 1
+    said = "pusht-act: cluster.dry_run=true shows what SLURM would be given, not BasicLauncher: give cluster=slurm"
+    assert output.read_text().splitlines()[-1] == said
+    assert commands.run(["seed=1", "cluster=slurm", "cluster.dry_run=true"], output) == 1
+    assert output.read_text() == "pusht-act: cluster.dry_run=true shows the script of a sweep: give -m too\n"
