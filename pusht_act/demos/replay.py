@@ -186,7 +186,7 @@ def advance(env: Any, x: float, y: float) -> None:
 
 
 def picture(env: Any) -> UInt8[np.ndarray, "96 96 3"]:
-    """PushTEnv._get_img at the size of an observation; that copies the screen pixel by pixel and takes thrice as long."""
+    """PushTEnv._get_img at the size of an observation, which copies the screen pixel by pixel and takes thrice this."""
     return _pixels(env, env.observation_width, env.observation_height)
 
 
