@@ -17,6 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pusht_act import checkpoint as checkpoints
+from pusht_act.allocator import keep_freed_memory
 from pusht_act.checkpoint import LoopState, TrainingObjects
 from pusht_act.config import Config
 from pusht_act.data import (
@@ -36,6 +37,7 @@ from pusht_act.policy import (
     Processors,
     act_loss,
     autocast,
+    emulates_bf16,
     load_policy,
     load_processors,
     make_optimizer,
@@ -122,6 +124,10 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
         f" ({len(eval_episodes)} episodes held out)" if eval_episodes else "",
         sum(p.numel() for p in policy.parameters()) / 1e6, lerobot.policy.device,
     )  # fmt: skip
+    if emulates_bf16(lerobot.policy, config.train.precision):
+        log.warning(
+            "this CPU has no bf16 arithmetic and emulates it, many times slower than fp32: train.precision=fp32"
+        )
     cut_short = unevaluated(start, state, config.steps) if start is not None else None
     loss = loss_of(config.train, torch.device(str(lerobot.policy.device)))
     return Setup(objects, data, order, loss, held_out, state, start, cut_short)
@@ -293,6 +299,7 @@ def _train(
 
 def make_step(config: Config, lerobot: LeRobotConfig, setup: Setup) -> TrainStep:
     """The step of the loop, on the objects of `setup`."""
+    keep_freed_memory()
     recorder = recorder_of(config.train, torch.device(str(lerobot.policy.device)))
     clip, precision = lerobot.optimizer.grad_clip_norm, config.train.precision
     return TrainStep(setup.objects, setup.data, config.batch_size, clip, precision, setup.loss, recorder)

@@ -27,6 +27,7 @@ from pusht_act.job import Result
 from pusht_act.lerobot_dataset import open_frames
 from pusht_act.policy import act_loss, make_optimizer, make_policy, make_processors
 from pusht_act.step import Loss, TrainStep, loss_of
+from tests.conftest import tiny_command
 from tests.recording import Operations
 from tests.test_data import config as dataset_config
 from tests.test_train import act, assert_same_bits, metrics
@@ -138,6 +139,14 @@ def test_a_captured_function_takes_what_it_is_given_and_leaves_it(keypoints: Fra
         outputs.clear()
         assert double({"x": torch.ones(2)})["y"].tolist() == [2.0, 2.0]
     assert recorder.recorded == 1
+
+
+def test_emulated_bf16_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for given, expected in (([], False), (["train.precision=bf16"], emulated), (["+policy.use_amp=true"], emulated)):
+        caplog.clear()
+        pusht_act.run(tiny_command("steps=1", *given, "overwrite=true", f"output_dir={tmp_path / 'run'}"))
+        assert ("many times slower than fp32" in caplog.text) is expected
 
 
 def test_bf16_is_near_fp32_and_is_what_use_amp_asks_for(keypoints: Frames) -> None:
