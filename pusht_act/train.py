@@ -29,7 +29,7 @@ from pusht_act.data import (
 )
 from pusht_act.divergence import DivergedError, check
 from pusht_act.evaluate import Evaluation
-from pusht_act.evaluations import due, evaluating, unevaluated
+from pusht_act.evaluations import Report, due, evaluating, unevaluated
 from pusht_act.lerobot_config import LeRobotConfig
 from pusht_act.metrics import Metrics, Window
 from pusht_act.policy import (
@@ -63,6 +63,8 @@ class Training:
     checkpoint: Checkpoint | None
     evaluation: Evaluation | None
     """The last one."""
+    gave_up: bool = False
+    """Whether it ended before its last step, as `Setup.report` had it."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Setup:
     """Where `state` stood when this was made; None: the beginning."""
     unevaluated: Path | None = None
     """The weights of step `state.pending`, whose evaluation was cut short."""
+    report: Report | None = None
+    """Is told of each evaluation, and whether to go on."""
 
 
 def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> Setup:
@@ -238,7 +242,7 @@ def _train(
     with (
         _Progress(config, state.step) as progress,
         profiling(config.train.profile, run, objects) as profile,
-        evaluating(config, lerobot.env, objects, state, run, metrics) as evaluations,
+        evaluating(config, lerobot.env, objects, state, run, metrics, setup.report) as evaluations,
         saving(config, lerobot, run, objects, state, record, evaluations) as saver,
         closing(setup.data.in_order(order, config.batch_size)) as inputs,
         deferred() as stop,
@@ -276,10 +280,10 @@ def _train(
                 log.info("step %d: validation loss %.4f", step, loss)
             saver.collect(wait=evaluates)  # what was not saved cannot be the best
             evaluations.collect(wait=evaluates or last)
-            if evaluates:
+            if evaluates and not evaluations.gives_up(step):
                 evaluations.begin(step)
             profile.end("eval")
-            stops = stop.asked  # from here on a signal is the next step's
+            stops = stop.asked or evaluations.gives_up(step)  # from here on a signal is the next step's
             if stops and not saves:
                 check(config.train, objects, state, window, batch, step)
             if config.save_checkpoint and (saves or evaluations.wants_checkpoint(step, stops)):
@@ -288,6 +292,7 @@ def _train(
             profile.end_step("saving")
             if stops:
                 stop.check(step, saver.finished())
+                return Training(step, means, saver.newest, evaluations.newest, gave_up=True)
     return Training(config.steps, means, saver.newest, evaluations.newest)
 
 
