@@ -10,7 +10,7 @@ metrics, `best` and files come to those of a run that was not. A signal breaks o
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,14 +29,12 @@ from pusht_act.evaluate import Evaluation, evaluate
 from pusht_act.integrity import damage
 from pusht_act.metrics import Metrics
 from pusht_act.policy import Processors
+from pusht_act.pruning import Report
 from pusht_act.retention import link, remove
 from pusht_act.run_dir import Checkpoint, RunDir
 from pusht_act.signals import Stopped, at_once
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[int, dict[str, float]], bool]
-"""Takes a step and the metrics of its evaluation; whether the run is not worth going on with."""
 
 
 def due(step: int, every: int) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -21,6 +21,7 @@ from pusht_act.integrity import MODEL
 from pusht_act.lerobot_command import lerobot_command
 from pusht_act.lock import Lock, locked
 from pusht_act.overrides import check_overrides
+from pusht_act.pruning import Report
 from pusht_act.retention import settle
 from pusht_act.run_dir import (
     Checkpoint,
@@ -35,9 +36,6 @@ from pusht_act.run_dir import (
 )
 from pusht_act.signals import Stopped
 from pusht_act.vet import vet
-
-if TYPE_CHECKING:
-    from pusht_act.evaluations import Report
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class Result:
 
 
 def execute(
-    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None], report: "Report | None" = None
+    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None], report: Report | None = None
 ) -> Result:
     """Do the job that `cfg` describes; its evaluations in training are told to `report`, which may end that early.
 
@@ -129,7 +127,7 @@ def _train(
     overrides: list[str],
     choices: dict[str, str | None],
     lock: Lock,
-    report: "Report | None",
+    report: Report | None,
 ) -> Result:
     run = RunDir(Path(config.output_dir))
     again = config.mode is not Mode.resume and config.resume.auto

@@ -1,9 +1,8 @@
 """A sweep whose values Optuna chooses, and whose bad trials it ends early: `hydra/sweeper=optuna`.
 
-    sweep    batch by batch (n_jobs): the values of its trials -> the study -> the launcher -> jobs/N.json -> the study
-    Reporter in a job: an evaluation in training -> the study -> whether the pruner would end the trial
+    batch by batch (n_jobs): the values of its trials -> the study -> the launcher -> jobs/N.json -> the study
 
-<hydra.sweep.dir>/optuna.db is the study. Trial N is job N, in folder N. jobs/N.json says what a job came to (sweep.py);
+<hydra.sweep.dir>/optuna.db is the study, which a job is told of its evaluations too (pruning.py). Trial N is job N, in folder N. jobs/N.json says what a job came to (sweep.py);
 the study is told when its batch has ended and it is done or pruned, so that one that failed or was interrupted stays
 open there and can be gone on with. A killed sweep repeats nothing: a trial's values are in the study all at once or
 not at all, and follow from the sampler's seed, its number and the trials told before its batch.
@@ -15,28 +14,23 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.config import OptunaConfig, Pruner, PrunerConfig
+from pusht_act.config import OptunaConfig
 from pusht_act.lock import locked
+from pusht_act.pruning import STORAGE, STUDY, reason
 from pusht_act.sweep import FINISHED, Job, job
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
 
-    from pusht_act.evaluations import Report
-
 log = logging.getLogger(__name__)
-
-STORAGE, NAME = "optuna.db", "sweep"
-BUSY_S = 2.0
-"""Seconds that a job waits for a study that other processes write to."""
 
 
 def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
@@ -145,13 +139,12 @@ def _study(directory: Path, options: OptunaConfig) -> "Study":
     try:
         return optuna.create_study(
             storage=f"sqlite:///{directory / STORAGE}",
-            study_name=NAME,
+            study_name=STUDY,
             direction=options.direction.value,
             load_if_exists=True,
         )
     except Exception as error:  # SQLAlchemy's and Optuna's, of many kinds
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"{directory / STORAGE} cannot be read ({reason}): begin another sweep") from error
+        raise ValueError(f"{directory / STORAGE} cannot be read ({reason(error)}): begin another sweep") from error
 
 
 def _chosen(study: "Study", number: int, space: dict[str, "BaseDistribution"], options: OptunaConfig) -> list[str]:
@@ -203,59 +196,3 @@ def _tell(study: "Study", found: Job) -> None:
         )
     else:
         study.tell(found.number, found.objective)
-
-
-def reporter(node: Any) -> "Report | None":
-    """What a job, whose Hydra configuration is `node`, tells its evaluations in training; None: nobody."""
-    kind = OmegaConf.select(node, "sweeper.pruner.kind")
-    number = OmegaConf.select(node, "job.num", throw_on_missing=False)
-    if kind in (None, Pruner.none) or number is None:
-        return None
-    return Reporter(Path(node.sweep.dir), int(number), node.sweeper.metric.value, node.sweeper.pruner)
-
-
-class Reporter:
-    """Tells the study of a trial's evaluations and asks its pruner; without the study training just goes on."""
-
-    def __init__(self, directory: Path, number: int, metric: str, options: PrunerConfig) -> None:
-        self._path = directory / STORAGE
-        self._number, self._metric, self._options = number, metric, options
-        self._warned = False
-
-    def __call__(self, step: int, metrics: dict[str, float]) -> bool:
-        """Whether the pruner ends the trial after the evaluation of `step`."""
-        try:
-            ends = self._report(step, metrics[self._metric])
-        except Exception as error:  # SQLAlchemy's and Optuna's, of many kinds
-            if not self._warned:
-                reason = str(error.__cause__ or error).splitlines()[0]
-                log.warning(
-                    "%s cannot be used (%s): training goes on, this trial may not be pruned", self._path, reason
-                )
-            self._warned = True
-            return False
-        if ends:
-            log.info("step %d: %s %.4g is worth no more steps: pruned", step, self._metric, metrics[self._metric])
-        return ends
-
-    def _report(self, step: int, value: float) -> bool:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # mode=rw makes no new file in place of one that is gone.
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///file:{self._path.resolve()}?mode=rw&uri=true",
-            engine_kwargs={"connect_args": {"timeout": BUSY_S}},
-            skip_compatibility_check=True,
-            skip_table_creation=True,
-        )
-        try:
-            trial_id = storage.get_trial_id_from_study_id_trial_number(
-                storage.get_study_id_from_name(NAME), self._number
-            )
-            storage.set_trial_intermediate_value(trial_id, step, value)  # again, after a resume, is fine
-            study = optuna.load_study(study_name=NAME, storage=storage)
-            pruner = optuna.pruners.MedianPruner(self._options.n_startup_trials, self._options.n_warmup_steps)
-            return pruner.prune(study, storage.get_trial(trial_id))
-        finally:
-            storage.engine.dispose()

@@ -29,7 +29,7 @@ from pusht_act.data import (
 )
 from pusht_act.divergence import DivergedError, check
 from pusht_act.evaluate import Evaluation
-from pusht_act.evaluations import Report, due, evaluating, unevaluated
+from pusht_act.evaluations import due, evaluating, unevaluated
 from pusht_act.lerobot_config import LeRobotConfig
 from pusht_act.metrics import Metrics, Window
 from pusht_act.policy import (
@@ -44,6 +44,7 @@ from pusht_act.policy import (
     reapply_options,
 )
 from pusht_act.profiling import profiling
+from pusht_act.pruning import Report
 from pusht_act.run_dir import Checkpoint, RunDir, newest_sound
 from pusht_act.saving import saving
 from pusht_act.seeding import seed_initialisation, seed_training_noise

@@ -19,10 +19,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 
 from benchmarks.forked import Commands, appears
-from pusht_act import optuna_sweeper, sweep
+from pusht_act import optuna_sweeper, pruning, sweep
 from pusht_act.config import Direction, OptunaConfig, Pruner, PrunerConfig
 from pusht_act.main import CONFIG_DIR
-from pusht_act.optuna_sweeper import Reporter, reporter, search_space
+from pusht_act.optuna_sweeper import search_space
+from pusht_act.pruning import Reporter, reporter
 from pusht_act.sweep import Job, jobs
 from tests.conftest import tiny_command
 from tests.test_sweep import ran, states
@@ -265,7 +266,7 @@ def test_the_pruner_has_options(two: Path) -> None:
 def test_a_study_that_is_busy_or_gone_lets_training_go_on(
     two: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(optuna_sweeper, "BUSY_S", 0.1)
+    monkeypatch.setattr(pruning, "BUSY_S", 0.1)
     other = sqlite3.connect(two / "optuna.db")
     other.execute("BEGIN EXCLUSIVE")
     start = time.monotonic()
