@@ -2,10 +2,11 @@
 
     batch by batch (n_jobs): the values of its trials -> the study -> the launcher -> jobs/N.json -> the study
 
-<hydra.sweep.dir>/optuna.db is the study, which a job is told of its evaluations too (pruning.py). Trial N is job N, in folder N. jobs/N.json says what a job came to (sweep.py);
-the study is told when its batch has ended and it is done or pruned, so that one that failed or was interrupted stays
-open there and can be gone on with. A killed sweep repeats nothing: a trial's values are in the study all at once or
-not at all, and follow from the sampler's seed, its number and the trials told before its batch.
+<hydra.sweep.dir>/optuna.db is the study, which a job is told of its evaluations too (pruning.py). Trial N is job N, in
+folder N. jobs/N.json says what a job came to (sweep.py); the study is told when its batch has ended and it is done or
+pruned, so that one that failed or was interrupted stays open there and can be gone on with. A sweep that was killed
+comes to the same: a trial's values are in the study all at once or not at all, and follow from the sampler's seed, its
+number and the trials told before its batch.
 
 Imports neither torch nor lerobot, and Optuna only where a study is opened.
 """
