@@ -101,8 +101,8 @@ class PrunerConfig:
 class OptunaConfig:
     """`hydra/sweeper=optuna`: hydra.sweeper, a sweep (`-m`) whose values Optuna chooses.
 
-    interval(LOW,HIGH), tag(log,interval(LOW,HIGH)), range(FROM,TO) and choice(A,B) say what there is to choose; what
-    has one value is the same in all trials.
+    interval(LOW,HIGH), int(interval(LOW,HIGH)), tag(log,interval(LOW,HIGH)), range(FROM,TO) and choice(A,B) say what
+    there is to choose; what has one value is the same in all trials.
     """
 
     _target_: str = MISSING

@@ -95,7 +95,7 @@ def _distribution(override: Override) -> "BaseDistribution":
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()
-    tags = getattr(value, "tags", set())
+    tags: set[str] = getattr(value, "tags", set())
     if unread := tags - ({"log"} if override.is_interval_sweep() else set()):
         raise ValueError(f"{override.input_line}: the tag {', '.join(unread)} means nothing, give tag(log, interval())")
     try:
