@@ -173,8 +173,8 @@ def parsed(*overrides: str) -> tuple[dict[str, Any], list[str]]:
         ("x=range(2,9,2)", IntDistribution(2, 8, step=2)),
         ("x=range(8,2,-2)", IntDistribution(4, 8, step=2)),
         ("x=range(0.1,0.5,0.1)", FloatDistribution(0.1, 0.4, step=0.1)),
-        ("+x=choice(8,b,null,[1,2],'c d')", CategoricalDistribution(["8", "b", "null", "[1,2]", "'c d'"])),
-        ("x=a,b", CategoricalDistribution(["a", "b"])),
+        ("+x=8,b,null,[1,2],'c d'", CategoricalDistribution(["8", "b", "null", "[1,2]", "'c d'"])),
+        ("x=choice(a,b)", CategoricalDistribution(["a", "b"])),
     ],
 )
 def test_the_search_space_is_given_in_hydras_grammar(override: str, distribution: Any) -> None:
