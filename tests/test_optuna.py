@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -298,9 +296,3 @@ def test_the_best_is_by_the_direction(tmp_path: Path) -> None:
         assert sweep.best(tmp_path, found) == [f"best: {line}, seed={line[4]}"]
     (tmp_path / "sweep.json").write_text("{}")
     assert sweep.best(tmp_path, found) == [], "of a grid none is sought"
-
-
-def test_only_a_study_costs_the_import_of_optuna() -> None:
-    code = "import sys, pusht_act.main; from hydra.core.plugins import Plugins; Plugins.instance(); " \
-           "assert 'hydra_plugins.pusht_act_optuna' in sys.modules; sys.exit('optuna' in sys.modules)"  # fmt: skip
-    subprocess.run([sys.executable, "-c", code], check=True)
