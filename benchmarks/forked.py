@@ -68,6 +68,8 @@ def appears(path: Path, text: str, seconds: float = 60) -> None:
 
 def serve() -> None:
     """Answer `Commands` until it closes its end."""
+    import optuna  # noqa: F401
+
     import pusht_act.dagger
     from pusht_act.demos.coverage import coverage_of_poses
 

@@ -60,6 +60,75 @@ class ClusterConfig:
     """With -m: print the script that SLURM would be given, and stop."""
 
 
+class Metric(Enum):
+    """What `hydra/sweeper=optuna` compares trials by: one of an evaluation's numbers."""
+
+    pc_success = "pc_success"
+    avg_max_reward = "avg_max_reward"
+    avg_sum_reward = "avg_sum_reward"
+
+
+class Direction(Enum):
+    """Which values of a metric are the better ones."""
+
+    maximize = "maximize"
+    minimize = "minimize"
+
+
+class Pruner(Enum):
+    """Which trials end early."""
+
+    none = "none"
+    median = "median"
+
+
+@dataclass
+class SamplerConfig:
+    """Optuna's TPE."""
+
+    seed: int = MISSING
+    """A trial's values follow from this, its number and the trials that had ended when its batch was begun."""
+    n_startup_trials: int = MISSING
+    """Trials whose values are drawn at random before TPE chooses."""
+
+
+@dataclass
+class PrunerConfig:
+    """Which trials end early, by their evaluations in training; mode=dagger has none to go by."""
+
+    kind: Pruner = MISSING
+    """median: a trial whose best evaluation so far is worse than the median, at that step, of the trials that were not
+    pruned; none: no trial."""
+    n_startup_trials: int = MISSING
+    """Trials that must have ended, none of them pruned, before one is pruned."""
+    n_warmup_steps: int = MISSING
+    """Optimizer steps for which no trial is pruned."""
+
+
+@dataclass
+class OptunaConfig:
+    """`hydra/sweeper=optuna`: hydra.sweeper, a sweep (`-m`) whose values Optuna chooses.
+
+    interval(LOW,HIGH), int(interval(LOW,HIGH)), tag(log,interval(LOW,HIGH)), range(FROM,TO) and choice(A,B) say what
+    there is to choose; what has one value is the same in all trials.
+    """
+
+    _target_: str = MISSING
+    """Hydra's: the class that does it."""
+    n_trials: int = MISSING
+    """Of the whole sweep, the failed ones too; a sweep that is gone on with may be given more."""
+    n_jobs: int = MISSING
+    """Trials of one batch, launched together: the values of all are chosen before one of them has ended."""
+    metric: Metric = MISSING
+    """What trials are compared by, as their last evaluation has it."""
+    direction: Direction = MISSING
+    """Whether more or less of it is better."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    params: dict[str, str] = MISSING
+    """More overrides, by key; those of the command line replace them."""
+
+
 @dataclass
 class CheckpointsConfig:
     """How long checkpoints stay. `last` and `best` always do."""
@@ -249,8 +318,9 @@ MAX_DEMOS = 2000
 
 
 def register() -> None:
-    """Give Hydra the schema that conf/config.yaml extends."""
+    """Give Hydra the schemas that conf/config.yaml and conf/hydra/sweeper/optuna.yaml extend."""
     ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(group="hydra/sweeper", name="schema", node=OptunaConfig)
     # Hydra copies the whole store for every group that --help lists, half of its time; nobody writes to the copies.
     ConfigStore.__deepcopy__ = lambda self, _: self
     # The presets in conf/hydra/launcher extend the plugin's nodes by having their names, which Hydra 1.3 frowns upon;

@@ -29,6 +29,7 @@ from pusht_act.evaluate import Evaluation, evaluate
 from pusht_act.integrity import damage
 from pusht_act.metrics import Metrics
 from pusht_act.policy import Processors
+from pusht_act.pruning import Report
 from pusht_act.retention import link, remove
 from pusht_act.run_dir import Checkpoint, RunDir
 from pusht_act.signals import Stopped, at_once
@@ -43,15 +44,21 @@ def due(step: int, every: int) -> bool:
 
 @contextmanager
 def evaluating(
-    config: Config, env: PushtEnv, objects: TrainingObjects, state: LoopState, run: RunDir, metrics: Metrics
+    config: Config,
+    env: PushtEnv,
+    objects: TrainingObjects,
+    state: LoopState,
+    run: RunDir,
+    metrics: Metrics,
+    report: Report | None = None,
 ) -> Iterator["Evaluations"]:
-    """A run's `Evaluations`; one that is still under way in the end is broken off."""
+    """A run's `Evaluations`, each told to `report`; one that is still under way in the end is broken off."""
     needed = config.eval_freq > 0 or state.pending is not None
     with environments(config.eval, needed) as envs, ThreadPoolExecutor(1, "evaluation") as thread:
         try:
             # LeRobot's pipelines keep the batch at hand in themselves: training and the thread need one each.
             processors = copy.deepcopy(objects.processors)
-            yield Evaluations(config, env, objects, processors, state, run, metrics, envs, thread)
+            yield Evaluations(config, env, objects, processors, state, run, metrics, envs, thread, report)
         finally:
             envs.close()
 
@@ -70,7 +77,9 @@ class Evaluations:
     metrics: Metrics
     envs: Environments
     thread: Executor
+    report: Report | None = None
     newest: Evaluation | None = None
+    _hopeless: bool = False
     _coming: Future[Evaluation] | None = None
     _former_best: dict[str, Any] | None = None
     _not_saved: int | None = None
@@ -78,6 +87,10 @@ class Evaluations:
     def due(self, step: int) -> bool:
         """Whether the policy of `step` is to be evaluated."""
         return due(step, self.config.eval_freq) or (step == self.config.steps and self.config.eval_freq > 0)
+
+    def gives_up(self, step: int) -> bool:
+        """Whether the run is to end at `step`, before its last, as it is not worth going on with."""
+        return self._hopeless and step < self.config.steps
 
     def begin(self, step: int) -> None:
         """Evaluate the policy as it is now, at `step`, unless a signal has broken off the wait for the one before."""
@@ -119,6 +132,7 @@ class Evaluations:
         self._coming = self.state.pending = None
         self.metrics.log("eval", evaluation.metrics, step)
         log.info("step %d: %s", step, evaluation)
+        self._hopeless = self.report is not None and self.report(step, evaluation.metrics)
         best, score = self.state.best, list(evaluation.score)
         if step != self._not_saved and (best is None or score > best["score"]):
             self._former_best, self.state.best = best, {"step": step, "score": score}

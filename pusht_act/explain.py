@@ -40,6 +40,9 @@ SEVERAL = r"{0} gives several values: add -m to sweep over them, or quote them a
 HYDRA_SAYS = {
     r"Ambiguous value for argument '(.+)'": SEVERAL,
     r"Sweep parameters '(.+)' requires --multirun": SEVERAL,
+    r"(BasicSweeper) does not support sweep type : INTERVAL_SWEEP": (
+        "interval(...) has values without end: give hydra/sweeper=optuna too, or list the values"
+    ),
     r"An item is already at '(.+)'": "+{0}: {0} is there already, leave the + out",
     r"(\S+) appears more than once in the final defaults list": "+{0}: {0} is chosen already, leave the + out",
     r"Multiple values for (\S+)\. To override": "+{0}: {0} is chosen already, leave the + out",
@@ -80,6 +83,8 @@ def explain(error: Exception, config_dir: str) -> str:
 def _unknown_key(key: str, config_dir: str) -> str:
     if key in RENAMED:
         return f"{key} is unknown: did you mean {RENAMED[key]}?"
+    if key.startswith("hydra.sweeper."):
+        return f"{key} is unknown: hydra/sweeper=optuna has options, see conf/hydra/sweeper/optuna.yaml"
     known = _known_keys(config_dir)
     section, _, leaf = key.rpartition(".")
     if section in LEROBOT_SECTIONS:

@@ -21,6 +21,7 @@ from pusht_act.integrity import MODEL
 from pusht_act.lerobot_command import lerobot_command
 from pusht_act.lock import Lock, locked
 from pusht_act.overrides import check_overrides
+from pusht_act.pruning import Report
 from pusht_act.retention import settle
 from pusht_act.run_dir import (
     Checkpoint,
@@ -52,6 +53,8 @@ class Result:
     episodes: list[Any] = dataclasses.field(default_factory=list)
     """Records of the last evaluation (evaluate.Episode)."""
     video_paths: list[Path] = dataclasses.field(default_factory=list)
+    pruned: bool = False
+    """Whether training ended early, as a trial not worth going on with."""
 
     @property
     def objective(self) -> float | None:
@@ -59,8 +62,10 @@ class Result:
         return self.metrics.get("pc_success")
 
 
-def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> Result:
-    """Do the job that `cfg` describes.
+def execute(
+    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None], report: Report | None = None
+) -> Result:
+    """Do the job that `cfg` describes; its evaluations in training are told to `report`, which may end that early.
 
     Raises:
         ValueError, OSError: the user's to mend; nothing was written.
@@ -78,7 +83,7 @@ def execute(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
         config, start = _decided(cfg, overrides, choices)
         if cfg.mode is Mode.dagger:
             return _dagger(config, overrides, choices, lock)
-        return _train(config, start, overrides, choices, lock)
+        return _train(config, start, overrides, choices, lock, report)
 
 
 def _decided(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> tuple[Config, Checkpoint | None]:
@@ -117,7 +122,12 @@ def _found(name: str, key: str) -> Checkpoint:
 
 
 def _train(
-    config: Config, start: Checkpoint | None, overrides: list[str], choices: dict[str, str | None], lock: Lock
+    config: Config,
+    start: Checkpoint | None,
+    overrides: list[str],
+    choices: dict[str, str | None],
+    lock: Lock,
+    report: Report | None,
 ) -> Result:
     run = RunDir(Path(config.output_dir))
     again = config.mode is not Mode.resume and config.resume.auto
@@ -135,7 +145,7 @@ def _train(
 
     lerobot = decode(config)
     record: dict[str, Any] = {"config": plain(config), "choices": choices}
-    setup = set_up(config, lerobot, start)
+    setup = dataclasses.replace(set_up(config, lerobot, start), report=report)
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
         lock.take_again(moved)
@@ -149,7 +159,7 @@ def _train(
             _say_how_to_go_on(stopped, config, run, overrides)
             raise
     evaluation = training.evaluation
-    if training.checkpoint is not None:
+    if training.checkpoint is not None and not training.gave_up:
         _push(config, training.checkpoint, evaluation.metrics if evaluation else {}, overrides)
     _say_what_next(config, run, overrides, evaluation.film_strip if evaluation else None)
     return Result(
@@ -159,6 +169,7 @@ def _train(
         checkpoint=training.checkpoint.directory if training.checkpoint else None,
         episodes=evaluation.episodes if evaluation else [],
         video_paths=evaluation.video_paths if evaluation else [],
+        pruned=training.gave_up,
     )
 
 

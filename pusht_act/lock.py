@@ -88,8 +88,9 @@ class Holder:
 class Lock:
     """That this process holds `directory`."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, option: str) -> None:
         self._path = directory / NAME
+        self._option = option
         self._holder = Holder()
         self._released = threading.Event()
         self._made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
@@ -97,7 +98,7 @@ class Lock:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(
-                f"output_dir={directory} cannot be made ({error.strerror}): give output_dir= where you may write"
+                f"{option}={directory} cannot be made ({error.strerror}): give {option}= where you may write"
             ) from error
         try:
             self._take()
@@ -137,14 +138,14 @@ class Lock:
     def _take(self) -> None:
         directory = self._path.parent
         try:
-            _take(self._path, self._holder)
+            _take(self._path, self._holder, self._option)
             remove_dead(directory)
         except FileExistsError:
             raise
         except OSError as error:
             raise OSError(
-                f"output_dir={directory} cannot be written to ({error.strerror}): make room, or give another "
-                "output_dir="
+                f"{self._option}={directory} cannot be written to ({error.strerror}): make room, or give another "
+                f"{self._option}="
             ) from error
 
     def _touch(self) -> None:
@@ -154,14 +155,14 @@ class Lock:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[Lock]:
-    """This process alone works in `directory`, which is made if need be.
+def locked(directory: Path, option: str = "output_dir") -> Iterator[Lock]:
+    """This process alone works in `directory`, which `option` names and which is made if need be.
 
     Raises:
         FileExistsError: another process does; the message names it.
         OSError: the directory cannot be made or written to.
     """
-    lock = Lock(directory)
+    lock = Lock(directory, option)
     try:
         yield lock
     finally:
@@ -191,7 +192,7 @@ def _dead(path: Path, holder: Holder) -> bool:
         return True
 
 
-def _take(path: Path, holder: Holder) -> None:
+def _take(path: Path, holder: Holder, option: str) -> None:
     """Make `path` the lock of `holder`.
 
     A dead holder's is replaced by whoever holds the right to do so, itself a lock: so there is one, and since nobody
@@ -211,9 +212,9 @@ def _take(path: Path, holder: Holder) -> None:
             if found is None or untouched is None:  # released just now
                 continue
             if found.alive(untouched):
-                raise FileExistsError(_refused(path.parent, found, untouched))
+                raise FileExistsError(_refused(path.parent, found, untouched, option))
             right = path.with_name(f".{NAME}.{found.token}")
-            _take(right, Holder())
+            _take(right, Holder(), option)
             try:
                 if (still := _read(path)) is not None and still.token == found.token:
                     log.warning("taking over %s from process %d on %s, which is gone", path, found.pid, found.host)
@@ -246,10 +247,11 @@ def _age(path: Path, new: Path) -> float | None:
         return None
 
 
-def _refused(directory: Path, holder: Holder, untouched: float) -> str:
+def _refused(directory: Path, holder: Holder, untouched: float, option: str) -> str:
+    another = f"another {option}=" + (" or job_name=" if option == "output_dir" else "")
     return (
-        f"output_dir={directory} is being written by process {holder.pid} on {holder.host} since {holder.since}, last "
-        f"heard of {max(untouched, 0):.0f} s ago: wait for it or stop it, or give another output_dir= or job_name= "
+        f"{option}={directory} is being written by process {holder.pid} on {holder.host} since {holder.since}, last "
+        f"heard of {max(untouched, 0):.0f} s ago: wait for it or stop it, or give {another} "
         f"(if it is gone for certain, delete {directory / NAME})"
     )
 

@@ -18,6 +18,7 @@ from pusht_act import sweep
 from pusht_act.config import register
 from pusht_act.explain import explain
 from pusht_act.job import Result, execute
+from pusht_act.pruning import reporter
 from pusht_act.signals import Stopped, in_charge, listening
 from pusht_act.tokens import refuse_tokens
 
@@ -73,7 +74,7 @@ def _execute(cfg: DictConfig, hydra_node: Any) -> Result:
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
         cfg.output_dir = hydra_node.runtime.output_dir
     with listening():
-        return execute(cfg, overrides, dict(hydra_node.runtime.choices))
+        return execute(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node))
 
 
 def main() -> None:

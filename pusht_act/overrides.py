@@ -13,13 +13,17 @@ from pusht_act.inherit import parsed
 
 def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     """Refuse what only the command line shows: an option that this job would ignore, a number taken for true."""
+    hydra = HydraConfig.get()
+    sweeps = hydra.mode is RunMode.MULTIRUN
+    if not sweeps and hydra.runtime.choices["hydra/sweeper"] == "optuna":
+        raise ValueError("hydra/sweeper=optuna chooses the values of a sweep's jobs: give -m too, or leave it out")
     read = [override for override in parsed(overrides) if not override.is_delete()]
     given = dict(pair for override in read for pair in flat(override.key_or_group, override.value()))
     for key, value in given.items():
         section, _, name = key.partition(".")
         if section == "demos":
             _check_used(name, value, cfg)
-        if section == "sweep" and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        if section == "sweep" and not sweeps:
             raise ValueError(f"{key}={value} is for a sweep: give -m too, or leave it out")
         if section == "resume" and name == "auto" and cfg.mode not in (Mode.test, Mode.full):
             raise ValueError(

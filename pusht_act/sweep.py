@@ -3,6 +3,7 @@
 <hydra.sweep.dir>/
   multirun.yaml     Hydra's: the composed configuration
   sweep.json        the sweep's identity: its overrides and, of a grid, those of each job
+  optuna.db         with hydra/sweeper=optuna its study (see optuna_sweeper.py)
   jobs/0.json ...   job 0: its state, how often it was begun, what it came to
   0/ 1/ ...         one run directory a job
 
@@ -24,11 +25,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.cluster import sbatch_script, wait_for_all
-from pusht_act.config import Mode
+from pusht_act.config import Direction, Metric, Mode
 from pusht_act.lock import NAME as LOCK
 from pusht_act.lock import Holder
 
@@ -38,13 +40,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDENTITY = "sweep.json"
-FREE = ("hydra.launcher.", "hydra/launcher", "cluster=", "hydra.verbose", "sweep.max_tries")
+FREE = (
+    *("hydra.launcher.", "hydra/launcher", "cluster=", "hydra.verbose"),
+    *("sweep.max_tries", "hydra.sweeper.n_trials="),
+)
 """Overrides that a sweep may go on with other values of: where and how often its jobs run, not what they come to."""
+FINISHED = ("done", "pruned")
+"""States of a job that is left alone."""
 
 
 @dataclass
 class Job:
-    """What is known of one job; `state` is done, failed, interrupted, running or waiting."""
+    """What is known of one job; `state` is done, pruned, failed, interrupted, running or waiting."""
 
     number: int
     overrides: list[str]
@@ -55,7 +62,8 @@ class Job:
     """How often it failed."""
     step: int | None = None
     objective: float | None = None
-    """Its success rate, in percent, if it was evaluated."""
+    """Its `metric` if it was evaluated."""
+    metric: str = Metric.pc_success.value
     error: str | None = None
     """Why it failed, in a line."""
     seconds: float = 0.0
@@ -81,6 +89,8 @@ class Recorder(Callback):  # type: ignore[misc]
         Recorder.directory = directory = Path(config.hydra.sweep.dir)
         Recorder.hydra_node = config.hydra
         content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": grid}
+        if direction := OmegaConf.select(config, "hydra.sweeper.direction"):
+            content["direction"] = direction.value
         if not (directory / IDENTITY).exists():
             _write(directory / IDENTITY, content)
 
@@ -157,9 +167,11 @@ def objective(
     One job's failure is written down and stops no other.
     """
     directory, number = Path(node.sweep.dir), int(node.job.num)
-    found = job(directory, number, list(node.overrides.task))
-    if found.state == "done":
-        log.info("job %d is done already", number)
+    overrides = list(node.overrides.task)
+    _check_same(directory, number, overrides)
+    found = job(directory, number, overrides)
+    if found.state in FINISHED:
+        log.info("job %d is %s already", number, found.state)
         return found.objective
     if found.state == "running":
         log.warning("job %d is under way: process %s on %s", number, found.holder["pid"], found.holder["host"])
@@ -173,14 +185,15 @@ def objective(
         cfg.resume.auto = True
     began = Job(
         number, found.overrides, "running", found.tries + 1, found.failures,
-        output_dir=str(node.runtime.output_dir), holder=asdict(Holder()),
+        metric=_metric(node), output_dir=str(node.runtime.output_dir), holder=asdict(Holder()),
     )  # fmt: skip
     start = time.monotonic()
     ended = replace(began, state="interrupted")
     _keep(directory, began)
     try:
         result = execute(cfg, node)
-        ended = replace(began, state="done", step=result.step, objective=result.objective)
+        state = "pruned" if result.pruned else "done"
+        ended = replace(began, state=state, step=result.step, objective=result.metrics.get(began.metric))
     except Exception as error:  # whatever it is, the other jobs go on
         ended = replace(began, state="failed", failures=began.failures + 1, error=explain(error))
         log.error("job %d: %s", number, ended.error, exc_info=not isinstance(error, ValueError | OSError))
@@ -202,6 +215,9 @@ def reported() -> Iterator[None]:
     broken: RuntimeError | None = None
     try:
         yield
+    except FileExistsError:  # the sweep is another process's, and so is its table
+        Recorder.directory = None
+        raise
     except RuntimeError as error:  # submitit's, of a job whose process was killed: the table shows that
         broken = error
         if Recorder.hydra_node is not None:
@@ -210,8 +226,8 @@ def reported() -> Iterator[None]:
         directory = Recorder.directory
         if directory is not None and (directory / "jobs").is_dir():
             found = jobs(directory)
-            undone = [each for each in found if each.state != "done"]
-            print(*table(found), sep="\n", flush=True)
+            undone = [each for each in found if each.state not in FINISHED]
+            print(*table(found), *best(directory, found), sep="\n", flush=True)
             if undone:
                 print(f"to go on: pusht-act -m sweep.resume={directory}", flush=True)
     if undone:
@@ -225,14 +241,42 @@ def reported() -> Iterator[None]:
 
 def table(found: list[Job]) -> list[str]:
     """Lines that show every job, by the overrides that are not those of all."""
-    common = set.intersection(*(set(each.overrides) for each in found)) if len(found) > 1 else set()
-    lines = ["| job | state       | tries |    step | success | overrides"]
+    common = _common(found)
+    names = {each.metric for each in found if each.tries} - {Metric.pc_success.value} or {"success"}
+    name = f"{names.pop():>7}"
+    lines = [f"| job | state       | tries |    step | {name} | overrides"]
     for each in found:
         step = "" if each.step is None else f"{each.step:,}"
-        success = "" if each.objective is None else f"{each.objective:.1f} %"
-        own = " ".join(override for override in each.overrides if override not in common)
-        lines.append(f"| {each.number:3} | {each.state:11} | {each.tries:5} | {step:>7} | {success:>7} | {own}")
+        row = f"| {each.number:3} | {each.state:11} | {each.tries:5} | {step:>7} | {_value(each):>{len(name)}}"
+        lines.append(f"{row} | {_own(each, common)}")
     return [*lines, *(f"job {each.number} failed: {each.error}" for each in found if each.error)]
+
+
+def best(directory: Path, found: list[Job]) -> list[str]:
+    """Of a sweep that seeks one, a line with the best job of those that were not pruned; the first of several."""
+    direction = json.loads((directory / IDENTITY).read_text()).get("direction")
+    done = [each for each in found if each.state == "done" and each.objective is not None]
+    if direction is None or not done:
+        return []
+    sign = 1 if direction == Direction.maximize.value else -1
+    first = max(done, key=lambda each: sign * (each.objective or 0.0))
+    return [f"best: job {first.number}, {first.metric} {_value(first)}, {_own(first, _common(found))}"]
+
+
+def _value(found: Job) -> str:
+    if found.objective is None:
+        return ""
+    return f"{found.objective:.1f} %" if found.metric == Metric.pc_success.value else f"{found.objective:.4g}"
+
+
+def _common(found: list[Job]) -> set[str]:
+    """The overrides of all jobs whose overrides are known, if there are several."""
+    known = [set(each.overrides) for each in found if each.overrides]
+    return set.intersection(*known) if len(known) > 1 else set()
+
+
+def _own(found: Job, common: set[str]) -> str:
+    return " ".join(override for override in found.overrides if override not in common)
 
 
 def _plainly(error: RuntimeError) -> str:
@@ -269,12 +313,35 @@ def _of_the_sweep(overrides: Sequence[str]) -> list[str]:
 
 
 def _grid(config: DictConfig, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job in Hydra's own order; empty where a sweeper chooses them as it goes."""
-    if not config.hydra.sweeper._target_.endswith(".BasicSweeper"):
+    """The overrides of each job in Hydra's own order; where a sweeper chooses them as it goes none of each."""
+    sweeper = config.hydra.sweeper
+    if not sweeper._target_.endswith(".BasicSweeper"):
+        return [[]] * max(sweeper.get("n_trials", 0), 0)
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    try:
+        parsed = OverridesParser.create().parse_overrides([*params, *overrides])
+        batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, None)
+    except HydraException:  # the sweeper will raise it too
         return []
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, None)
     return batches[0]
+
+
+def _check_same(directory: Path, number: int, overrides: list[str]) -> None:
+    """Refuse a job that is another one than when the sweep was begun, such as by a preset that was edited since."""
+    grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
+    was, now = _of_the_sweep(grid[number] if number < len(grid) else []), _of_the_sweep(overrides)
+    if was and was != now:
+        lost, new = (" ".join(each for each in a if each not in b) for a, b in ((was, now), (now, was)))
+        raise ValueError(
+            f"job {number} of the sweep in {directory} was {lost or 'without that'}, now {new or 'without that'}: "
+            "conf/ has changed since; begin another sweep"
+        )
+
+
+def _metric(node: Any) -> str:
+    """What the sweep compares its jobs by."""
+    metric: Metric = OmegaConf.select(node, "sweeper.metric") or Metric.pc_success
+    return metric.value
 
 
 def _identity(directory: Path) -> list[str] | None:

@@ -46,6 +46,7 @@ from pusht_act.policy import (
     reapply_options,
 )
 from pusht_act.profiling import profiling
+from pusht_act.pruning import Report
 from pusht_act.run_dir import Checkpoint, RunDir, newest_sound
 from pusht_act.saving import saving
 from pusht_act.seeding import seed_initialisation, seed_training_noise
@@ -65,6 +66,8 @@ class Training:
     checkpoint: Checkpoint | None
     evaluation: Evaluation | None
     """The last one."""
+    gave_up: bool = False
+    """Whether it ended before its last step, as `Setup.report` had it."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Setup:
     """Where `state` stood when this was made; None: the beginning."""
     unevaluated: Path | None = None
     """The weights of step `state.pending`, whose evaluation was cut short."""
+    report: Report | None = None
+    """Is told of each evaluation, and whether to go on."""
 
 
 def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> Setup:
@@ -244,7 +249,7 @@ def _train(
     with (
         _Progress(config, state.step) as progress,
         profiling(config.train.profile, run, objects) as profile,
-        evaluating(config, lerobot.env, objects, state, run, metrics) as evaluations,
+        evaluating(config, lerobot.env, objects, state, run, metrics, setup.report) as evaluations,
         saving(config, lerobot, run, objects, state, record, evaluations) as saver,
         closing(setup.data.in_order(order, config.batch_size)) as inputs,
         deferred() as stop,
@@ -282,10 +287,11 @@ def _train(
                 log.info("step %d: validation loss %.4f", step, loss)
             saver.collect(wait=evaluates)  # what was not saved cannot be the best
             evaluations.collect(wait=evaluates or last)
-            if evaluates:
+            if evaluates and not evaluations.gives_up(step):
                 evaluations.begin(step)
             profile.end("eval")
-            stops, wanted = stop.asked, stop.wants_checkpoint()  # from here on a signal is the next step's
+            stops = stop.asked or evaluations.gives_up(step)  # from here on a signal is the next step's
+            wanted = stop.wants_checkpoint() or stops
             if wanted and not saves:
                 check(config.train, objects, state, window, batch, step)
             if config.save_checkpoint and (saves or evaluations.wants_checkpoint(step, wanted)):
@@ -294,6 +300,7 @@ def _train(
             profile.end_step("saving")
             if stops:
                 stop.check(step, saver.finished())
+                return Training(step, means, saver.newest, evaluations.newest, gave_up=True)
     return Training(config.steps, means, saver.newest, evaluations.newest)
 
 

@@ -73,7 +73,7 @@ def test_answers_without_torch_and_lerobot(arguments: list[str], tmp_path: Path)
     done = command(*arguments, cwd=tmp_path, flags=("-X", "importtime"))
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "pusht_act.config" in imported
-    assert {"torch", "lerobot", "gym_pusht", "wandb"} & imported == set()
+    assert {"torch", "lerobot", "gym_pusht", "wandb", "optuna"} & imported == set()
 
 
 def test_the_printed_configuration_is_the_composed_one(tmp_path: Path) -> None:

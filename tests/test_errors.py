@@ -80,6 +80,9 @@ REFUSED = [
     # options that would do nothing
     ("resume.path=x", "resume.path=x", "mode=resume"),
     ("checkpoint=x", "checkpoint=x", "mode=eval"),
+    ("sweep=seeds", "sweep=seeds is for a sweep", "give -m"),
+    ("hydra/sweeper=optuna", "hydra/sweeper=optuna chooses the values of a sweep's jobs", "give -m"),
+    ("sweep=optuna_learning_rates hydra/sweeper=basic", "sweep=optuna_learning_rates is for a sweep", "give -m"),
     ("sweep.max_tries=2", "sweep.max_tries=2 is for a sweep", "give -m"),
     ("sweep.resume=x", "sweep.resume=x goes on with a sweep", "give -m"),
     ("-m sweep.resume=x", "sweep.resume=x holds no sweep", "give a folder such as multirun/DATE/TIME"),

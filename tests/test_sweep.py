@@ -9,11 +9,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import hydra
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from benchmarks.forked import Commands, appears
 from pusht_act import sweep
 from pusht_act.lock import Holder
+from pusht_act.main import CONFIG_DIR
 from pusht_act.sweep import Job, arguments, jobs
 from tests.conftest import tiny_command
 from tests.test_evaluations import outcome
@@ -110,11 +113,15 @@ def states(printed: str) -> list[list[str]]:
     return [row[1:4] for row in rows]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["KILL", "TERM"])
+@pytest.mark.parametrize(
+    ("number", "grid"),
+    [(signal.SIGKILL, ["sweep=seeds", "hydra.sweeper.params.seed='1,2,3'"]), (signal.SIGTERM, ["seed=1,2,3"])],
+    ids=["KILL", "TERM"],
+)
 def test_a_sweep_that_was_cut_short_comes_to_the_same_bits(
-    number: signal.Signals, commands: Commands, tmp_path: Path
+    number: signal.Signals, grid: list[str], commands: Commands, tmp_path: Path
 ) -> None:
-    command = ["-m", *tiny_command("steps=40", "save_freq=2", "eval_freq=20", "seed=1,2,3")]
+    command = ["-m", *tiny_command("steps=40", "save_freq=2", "eval_freq=20", *grid)]
     whole, cut, output = tmp_path / "whole", tmp_path / "cut", tmp_path / "output"
     assert commands.run([*command, f"hydra.sweep.dir={whole}"], output) == 0, output.read_text()
     assert states(output.read_text()) == [["0", "done", "1"], ["1", "done", "1"], ["2", "done", "1"]]
@@ -174,3 +181,35 @@ def test_the_script_for_slurm_is_shown_and_nothing_is_written(commands: Commands
     assert output.read_text().splitlines()[-1] == said
     assert commands.run(["seed=1", "cluster=slurm", "cluster.dry_run=true"], output) == 1
     assert output.read_text() == "pusht-act: cluster.dry_run=true shows the script of a sweep: give -m too\n"
+
+
+def test_a_preset_that_was_edited_since_is_refused(commands: Commands, tmp_path: Path) -> None:
+    folder, output = tmp_path / "sweep", tmp_path / "output"
+    command = ["-m", "sweep=seeds", "print_lerobot_command=true", f"hydra.sweep.dir={folder}"]
+    assert commands.run(command, output) == 0, output.read_text()
+    identity = json.loads((folder / "sweep.json").read_text())
+    assert [job[0] for job in identity["jobs"]] == ["seed=1", "seed=2", "seed=3", "seed=4", "seed=5"]
+    assert commands.run(["-m", f"sweep.resume={folder}", "sweep.max_tries=9"], output) == 0, output.read_text()
+    identity["jobs"][2][0] = "seed=7"
+    (folder / "sweep.json").write_text(json.dumps(identity))
+    assert commands.run(["-m", f"sweep.resume={folder}"], output) == 1
+    assert output.read_text().splitlines()[-1] == (
+        f"pusht-act: job 2 of the sweep in {folder} was seed=7, now seed=3: "
+        "conf/ has changed since; begin another sweep"
+    )
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (Path(CONFIG_DIR) / "sweep").glob("*.yaml")))
+def test_every_preset_is_a_sweep(preset: str) -> None:
+    """Its keys are there, each with several values; the command line replaces one, and `sweep.` keeps its options."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
+        cfg = hydra.compose("config", [f"sweep={preset}", "sweep.max_tries=2"], return_hydra_config=True)
+        params = cfg.hydra.sweeper.params
+        assert (cfg.sweep.max_tries, len(params) > 0) == (2, True)
+        overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
+        assert all(override.is_sweep_override() for override in overrides)
+        assert preset.startswith("optuna") == ("Optuna" in cfg.hydra.sweeper._target_)
+        jobs = sweep._grid(cfg, [f"sweep={preset}"])
+        assert len(jobs) > 4
+        for each in jobs[-1:]:
+            hydra.compose("config", each)

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("pusht_act", "conf", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("pusht_act", "hydra_plugins", "conf", "pyproject.toml", "README.md", "LICENSE")
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("hatchling") is None, reason="hatchling, which builds the wheel, is not installed"
