@@ -102,6 +102,16 @@ def listening() -> Iterator[None]:
         _stop.received, _stop.listening = None, False
 
 
+def heard() -> int | None:
+    """The first signal that there was."""
+    return _stop.received
+
+
+def note(number: int) -> None:
+    """Another process of this job was sent a signal, which stops this one, too, where it asks."""
+    _stop.received = _stop.received or number
+
+
 def in_charge() -> bool:
     """Whether a `listening` is around the caller."""
     return _stop.listening
