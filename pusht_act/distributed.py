@@ -217,7 +217,9 @@ def tell(word: Word, more: Any = None) -> None:
     Raises:
         Lost: one of them is gone.
     """
-    if _job.size > 1:
+    if _job.size == 1:
+        return
+    with signals.withheld():  # half a word would leave the others waiting
         _exchange(word)
         if word not in WITHOUT_MORE:
             _from_the_first(more)
@@ -297,7 +299,7 @@ def _of_all(value: Any) -> list[Any]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * _job.size
-    with _lost():
+    with signals.withheld(), _lost():
         dist.all_gather_object(values, value, group=_job.words)
     return values
 

@@ -56,10 +56,10 @@ class Job:
         assert not any("Traceback" in text for text in printed), printed
         return codes, printed
 
-    def second_killed(self, number: int, at: str) -> tuple[list[int], list[str]]:
-        """The same when process 1 alone is sent `number` after process 0 has printed `at`."""
+    def sent(self, number: int, rank: int, at: str) -> tuple[list[int], list[str]]:
+        """The same when process `rank` alone is sent a signal after process 0 has printed `at`."""
         appears(self.outputs[0], at)
-        os.kill(self.pids[1], number)
+        os.kill(self.pids[rank], number)
         return self.ended()
 
 
@@ -98,24 +98,25 @@ def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_s
 ) -> None:
     run = tmp_path / "run"
     command = tiny_command(*OPTIONS, "resume.auto=true", f"output_dir={run}")
-    codes, printed = Job(commands, tmp_path, *command).second_killed(signal.SIGTERM, "step 5/")
+    codes, printed = Job(commands, tmp_path, *command).sent(signal.SIGTERM, 1, "step 5/")
     assert codes == [143, 143], printed
     state = json.loads((run / "checkpoints/last/training_state/pusht_act.json").read_text())
     assert f"stopped by SIGTERM after step {state['step']}, saved" in printed[0].splitlines()[-1]
     assert printed[1] == ""
     assert 5 <= state["step"] < 20
 
-    killed = Job(commands, tmp_path, *command)
-    began = time.monotonic()
-    codes, printed = killed.second_killed(signal.SIGKILL, "step 25/")
-    assert codes == [1, -9], printed
-    assert time.monotonic() - began < 60, "at once, and not when a time-out is over"
-    last = printed[0].splitlines()[-1]
-    assert "ERROR process 0 of 2 has lost another one" in last
-    assert "resume.auto=true" in last
-    assert last.partition("ERROR")[2] in (run / "train.log").read_text()
-    assert not list(run.glob("checkpoints/.*")), "nothing half-written"
-    assert (run / "checkpoints/last").resolve().name == "000020"
+    for killed, at, saved in ((1, 25, "000020"), (0, 45, "000040")):
+        began = time.monotonic()
+        codes, printed = Job(commands, tmp_path, *command).sent(signal.SIGKILL, killed, f"step {at}/")
+        assert time.monotonic() - began < 60, "at once, and not when a time-out is over"
+        assert codes == ([1, -9] if killed else [-9, 1]), printed
+        last = printed[1 - killed].splitlines()[-1]
+        assert f"process {1 - killed} of 2 has lost another one" in last
+        assert "resume.auto=true" in last
+        assert (run / "checkpoints/last").resolve().name == saved
+        if killed == 1:
+            assert last.partition("ERROR")[2] in (run / "train.log").read_text()
+            assert not list(run.glob("checkpoints/.*")), "nothing half-written"
 
     codes, printed = Job(commands, tmp_path, *command).ended()
     assert codes == [0, 0], printed
