@@ -245,7 +245,8 @@ def processes_of(checkpoint: Checkpoint) -> int:
 
 def _random_of(process: int) -> str:
     """The file's name: LeRobot's for the first process, which is all that stock LeRobot reads."""
-    return RNG_STATE.replace(".", f"_{process}.") if process else RNG_STATE
+    name = Path(RNG_STATE)
+    return f"{name.stem}_{process}{name.suffix}" if process else name.name
 
 
 def written_with(checkpoint: Checkpoint) -> tuple[int | None, int]:

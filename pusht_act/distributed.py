@@ -119,24 +119,27 @@ def processes(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
 
 
 def _leading(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
-    code = 0
+    code: int | None = 0
     try:
         yield True
-    except Stopped as stopped:
-        code = stopped.code
-        raise
-    except (SystemExit, *errors) as error:
-        code = 1 if not isinstance(error, SystemExit) or error.code else 0
-        raise
-    except BaseException:
-        code = -1
+    except BaseException as error:
+        code = _code(error, errors)
         raise
     finally:
-        if code >= 0:
-            with suppress(Lost):
+        if code is not None:
+            with suppress(Lost, Stopped):  # a signal is acted upon already, or by `listening`
                 tell(Word.END, code)
         if code == 0:
             _part()
+
+
+def _code(error: BaseException, errors: tuple[type[Exception], ...]) -> int | None:
+    """What a job that ends by `error` leaves with; None: without a word to the others."""
+    if isinstance(error, Stopped):
+        return error.code
+    if isinstance(error, SystemExit):
+        return 1 if error.code else 0
+    return 1 if isinstance(error, errors) else None
 
 
 def _following() -> Iterator[bool]:
@@ -228,7 +231,7 @@ def tell(word: Word, more: Any = None) -> None:
 def told() -> tuple[Word, Any]:
     """The others: what process 0 says next, and what comes with it."""
     word = _exchange()
-    more = None if word in WITHOUT_MORE else _from_the_first()
+    more: Any = None if word in WITHOUT_MORE else _from_the_first()
     if word is Word.END:
         raise _Ended(more)
     return word, more
@@ -349,7 +352,7 @@ def add_up(tensors: list["Tensor"]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     with _lost():
         dist.all_reduce(flat, group=_job.gradients)
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
