@@ -361,6 +361,7 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        signals.leave()
         raise Lost(_reason(error)) from error
 
 

@@ -48,6 +48,8 @@ class Stop:
     """The first signal."""
     listening: bool = False
     deferred: bool = False
+    leaving: bool = False
+    """For another reason, so that a signal changes nothing."""
 
     @property
     def asked(self) -> bool:
@@ -60,7 +62,7 @@ class Stop:
         Raises:
             Stopped: there was, with `step` and `checkpoint`.
         """
-        if self.received is not None:
+        if self.received is not None and not self.leaving:
             raise Stopped(self.received, step, checkpoint)
 
 
@@ -72,7 +74,7 @@ def _handle(number: int, _frame: object) -> None:
     again, _stop.received = _stop.asked, _stop.received or number
     if again and number == signal.SIGINT:
         raise KeyboardInterrupt
-    if not again and not _stop.deferred:
+    if not again and not _stop.deferred and not _stop.leaving:
         raise Stopped(number)
 
 
@@ -99,7 +101,7 @@ def listening() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, former[number])
-        _stop.received, _stop.listening = None, False
+        _stop.received, _stop.listening, _stop.leaving = None, False, False
 
 
 def heard() -> int | None:
@@ -110,6 +112,11 @@ def heard() -> int | None:
 def note(number: int) -> None:
     """Another process of this job was sent a signal, which stops this one, too, where it asks."""
     _stop.received = _stop.received or number
+
+
+def leave() -> None:
+    """This process is about to leave since another one is gone; what its launcher sends to say so comes too late."""
+    _stop.leaving = True
 
 
 def in_charge() -> bool:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import pusht_act
 from benchmarks.forked import Commands, appears
-from pusht_act import distributed
+from pusht_act import distributed, signals
 from pusht_act.data import Samples, normalization_stats
 from pusht_act.job import Result
 from pusht_act.lerobot_dataset import open_frames
@@ -60,6 +60,9 @@ class Job:
         """The same when process `rank` alone is sent a signal after process 0 has printed `at`."""
         appears(self.outputs[0], at)
         os.kill(self.pids[rank], number)
+        if number == signal.SIGKILL:
+            appears(self.outputs[1 - rank], "has lost")
+            os.kill(self.pids[1 - rank], signal.SIGTERM)  # as torchrun does; it may be gone, but is not waited for yet
         return self.ended()
 
 
@@ -243,3 +246,22 @@ def test_a_process_sees_its_own_gpu_alone(local_rank: int, sees: str, monkeypatc
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
     distributed._see_one_gpu(local_rank)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
+
+
+def test_a_signal_that_comes_after_the_loss_of_another_process_changes_nothing() -> None:
+    def loses(number: int) -> None:
+        with signals.listening():
+            try:
+                with distributed._lost():
+                    raise RuntimeError("[pair.cc:1] Connection closed")
+            finally:
+                signal.raise_signal(number)
+
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with pytest.raises(distributed.Lost, match="Connection closed"):
+            loses(signal.SIGTERM)
+        with pytest.raises(signals.Stopped), signals.listening():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, former)
