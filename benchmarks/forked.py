@@ -26,10 +26,11 @@ class Commands:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(self, arguments: list[str], output: Path) -> int:
-        """The process's id."""
+    def start(self, arguments: list[str], output: Path, environment: dict[str, str] | None = None) -> int:
+        """The process's id; `environment` is added to this one's."""
         output.write_bytes(b"")  # it may be looked at before the process has got so far
-        return int(self._asked({"start": arguments, "output": str(output), "cwd": str(Path.cwd())}))
+        asked = {"start": arguments, "output": str(output), "cwd": str(Path.cwd()), "environment": environment or {}}
+        return int(self._asked(asked))
 
     def wait(self, pid: int) -> int:
         """Its exit code once it has ended; that of a process ended by signal n is -n."""
@@ -88,6 +89,7 @@ def serve() -> None:
         elif answer := os.fork():
             begun.add(answer)
         else:
+            os.environ.update(asked["environment"])
             run(asked["start"], asked["output"], asked["cwd"])
         print(json.dumps(answer), flush=True)
     for pid in begun:

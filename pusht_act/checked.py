@@ -52,6 +52,34 @@ def config_from(cfg: DictConfig) -> Config:
     return config
 
 
+def check_processes(mode: Mode, profile: bool, processes: int) -> None:
+    """What one process does is refused to several.
+
+    Raises:
+        ValueError: naming what it is.
+    """
+    if processes == 1:
+        return
+    if mode not in (Mode.test, Mode.full, Mode.resume):
+        raise ValueError(f"mode={mode.value} is for one process, and these are {processes}: give it without torchrun")
+    if profile:
+        raise ValueError(f"train.profile=true is for one process, and these are {processes}: leave it out")
+
+
+def check_share(batch_size: int, processes: int) -> None:
+    """Each of several processes takes the same number of a batch's samples.
+
+    Raises:
+        ValueError: that is no whole number.
+    """
+    if batch_size % processes:
+        more = -(-batch_size // processes) * processes
+        raise ValueError(
+            f"batch_size={batch_size} is that of a whole step and cannot be shared by {processes} processes: give a "
+            f"multiple of {processes}, such as batch_size={more}"
+        )
+
+
 def _check(config: Config, cfg: Any) -> None:
     """Refuse what can be refused without importing torch."""
     for keys, lowest in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):

@@ -4,6 +4,7 @@
   005000/pretrained_model/  config.json  model.safetensors  policy_{pre,post}processor*  train_config.json
                             pusht_act.json      our configuration and the group choices it was composed of
   005000/training_state/    optimizer, scheduler, random streams, step (LeRobot's files)
+                            rng_state_1.safetensors ...    the random streams of further processes
                             pusht_act.json      LoopState: what LeRobot does not keep
   005000/manifest.json      size and SHA-256 of every file above (integrity.py)
   last -> 005000            the newest
@@ -31,14 +32,15 @@ from lerobot.optim.optimizers import save_optimizer_state
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.utils.constants import RNG_STATE, SCHEDULER_STATE
 from lerobot.utils.io_utils import write_json
-from lerobot.utils.random_utils import serialize_rng_state
-from lerobot.utils.utils import flatten_dict
+from lerobot.utils.random_utils import deserialize_rng_state, serialize_rng_state
+from lerobot.utils.utils import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pusht_act.distributed import Word, gathered, rank, tell
 from pusht_act.integrity import size_of, write_manifest
 from pusht_act.policy import Processors
 from pusht_act.retention import clear_leftovers, hide, link, linked
@@ -88,8 +90,8 @@ class Snapshot:
     objects: TrainingObjects
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None
-    random: dict[str, Tensor]
-    """The states of the random streams, as LeRobot writes them."""
+    random: list[dict[str, Tensor]]
+    """The states of each process's random streams, as LeRobot writes them."""
     state: LoopState
 
 
@@ -110,9 +112,16 @@ def snapshot(objects: TrainingObjects, state: LoopState, apart: bool) -> Snapsho
         replace(objects, policy=policy),
         optimizer,
         copy.deepcopy(objects.scheduler.state_dict()) if objects.scheduler is not None else None,
-        flatten_dict(serialize_rng_state()),
+        random_streams(),
         copy.deepcopy(state),
     )
+
+
+def random_streams() -> list[dict[str, Tensor]]:
+    """The states of every process's random streams, at process 0; the others, when they are told to, hand theirs in."""
+    if rank() == 0:
+        tell(Word.RANDOM)
+    return gathered(flatten_dict(serialize_rng_state()))
 
 
 def save(
@@ -165,7 +174,8 @@ def _write(
     (model / OURS).write_text(json.dumps(record, indent=2))
     # LeRobot's `save_training_state`, of the snapshot in place of the present.
     save_training_step(state.step, training, num_processes=1, batch_size=train_config.batch_size)
-    save_file(snapshot.random, training / RNG_STATE)
+    for process, streams in enumerate(snapshot.random):
+        save_file(streams, training / _random_of(process))
     save_optimizer_state(objects.optimizer, training, optim_state_dict=snapshot.optimizer)
     if snapshot.scheduler is not None:
         write_json(snapshot.scheduler, training / SCHEDULER_STATE)
@@ -210,6 +220,33 @@ def load(checkpoint: Checkpoint, objects: TrainingObjects) -> LoopState:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{checkpoint.training} is missing or damaged ({reason}): resume from another one") from error
+
+
+def load_random(checkpoint: Checkpoint, process: int) -> bool:
+    """Load the random streams that `process`, not the first, had; False where the checkpoint has none of it.
+
+    Raises:
+        ValueError: their file is damaged.
+    """
+    path = checkpoint.training / _random_of(process)
+    if not path.exists():
+        return False
+    try:
+        deserialize_rng_state(unflatten_dict(load_file(path)))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint") from error
+    return True
+
+
+def processes_of(checkpoint: Checkpoint) -> int:
+    """How many processes have their random streams in it."""
+    return len(list(checkpoint.training.glob(f"{Path(RNG_STATE).stem}*")))
+
+
+def _random_of(process: int) -> str:
+    """The file's name: LeRobot's for the first process, which is all that stock LeRobot reads."""
+    name = Path(RNG_STATE)
+    return f"{name.stem}_{process}{name.suffix}" if process else name.name
 
 
 def written_with(checkpoint: Checkpoint) -> tuple[int | None, int]:

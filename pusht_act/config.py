@@ -265,7 +265,7 @@ class Config:
     steps: int = MISSING
     """Optimizer steps of the whole run, those before a resume included; in mode=dagger, of each round."""
     batch_size: int = MISSING
-    """Samples of one step."""
+    """Samples of one step; with several processes (torchrun) of all together, so it is a multiple of their number."""
     log_freq: int = MISSING
     """Steps between two lines of metrics; 0: never."""
     eval_freq: int = MISSING

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pusht_act.cache import Frames
 from pusht_act.config import EMBEDDED_REPO_ID, Config
+from pusht_act.distributed import share
 from pusht_act.lerobot_config import LeRobotConfig, observation_keys
 
 log = logging.getLogger(__name__)
@@ -201,16 +202,19 @@ class Samples:
         self._pinned = device.startswith("cuda")  # only from pinned memory is a copy not waited for
 
     def in_order(self, order: SampleOrder, batch_size: int) -> Generator[Inputs]:
-        """Batch after batch of `order`, for `gather`; `order` counts those that were taken, not those read ahead."""
+        """Batch after batch of `order`, for `gather`; `order` counts those that were taken, not those read ahead.
+
+        Of several processes, this one's share of each.
+        """
         if not self._on_host:
             while True:
-                yield self._sent(self._read(order.next_batch(batch_size)))
+                yield self._sent(self._read(share(order.next_batch(batch_size))))
         ahead = copy.copy(order)
         with ThreadPoolExecutor(1, "pictures") as thread:
-            coming = deque(thread.submit(self._read, ahead.next_batch(batch_size)) for _ in range(AHEAD))
+            coming = deque(thread.submit(self._read, share(ahead.next_batch(batch_size))) for _ in range(AHEAD))
             while True:
                 inputs = coming.popleft().result()
-                coming.append(thread.submit(self._read, ahead.next_batch(batch_size)))
+                coming.append(thread.submit(self._read, share(ahead.next_batch(batch_size))))
                 order.next_batch(batch_size)
                 yield self._sent(inputs)
 

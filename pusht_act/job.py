@@ -13,8 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pusht_act.checked import config_from
+from pusht_act.checked import check_processes, check_share, config_from
 from pusht_act.config import TRAINING_AFRESH, Config, Mode, plain
+from pusht_act.distributed import Lost, Word, size, tell, together, told
 from pusht_act.going_on import directory, goes_on, newest_of_same, resumed, stopped_before_its_first_checkpoint
 from pusht_act.inherit import inherit
 from pusht_act.integrity import MODEL
@@ -34,7 +35,7 @@ from pusht_act.run_dir import (
     move_aside,
     write_provenance,
 )
-from pusht_act.signals import Stopped
+from pusht_act.signals import Stopped, listening
 from pusht_act.vet import vet
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def execute(
     if cfg.print_lerobot_command:
         print(lerobot_command(*_decided(cfg, overrides, choices)))
         return Result(Path(cfg.output_dir))
+    check_processes(cfg.mode, cfg.train.profile, size())
     if cfg.mode is Mode.eval:
         return _evaluate(*_decided(cfg, overrides, choices), overrides)
     if cfg.mode is Mode.demos:
@@ -84,6 +86,21 @@ def execute(
         if cfg.mode is Mode.dagger:
             return _dagger(config, overrides, choices, lock)
         return _train(config, start, overrides, choices, lock, report)
+
+
+def follow() -> None:
+    """What every process of a job but the first does: it trains along, if there is something to train."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    logging.getLogger().setLevel(logging.WARNING)  # a launcher has configured it
+    with listening():
+        _, (config, start) = told()
+
+        from pusht_act.following import set_up_together, train_along
+        from pusht_act.lerobot_config import decode
+
+        with together():
+            lerobot = decode(config)
+        train_along(config, lerobot, set_up_together(config, lerobot, start))
 
 
 def _decided(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> tuple[Config, Checkpoint | None]:
@@ -133,6 +150,7 @@ def _train(
     again = config.mode is not Mode.resume and config.resume.auto
     if again and (start := newest_of_same(config, run)) is not None and _is_finished(start, config):
         return _finished(config, run, start)
+    check_share(config.batch_size, size())
     _check_can_push(config)
     branches_off = start is None or start.run != run.path.resolve()
     if again and stopped_before_its_first_checkpoint(run):
@@ -140,12 +158,15 @@ def _train(
     if branches_off:
         check_unused(run.path, config.overwrite)
 
+    from pusht_act.following import set_up_together
     from pusht_act.lerobot_config import decode
-    from pusht_act.train import set_up, train
+    from pusht_act.train import train
 
-    lerobot = decode(config)
+    tell(Word.TRAIN, (config, start))
+    with together():
+        lerobot = decode(config)
     record: dict[str, Any] = {"config": plain(config), "choices": choices}
-    setup = dataclasses.replace(set_up(config, lerobot, start), report=report)
+    setup = dataclasses.replace(set_up_together(config, lerobot, start), report=report)
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
         lock.take_again(moved)
@@ -157,6 +178,10 @@ def _train(
             training = train(config, lerobot, setup, run, record)
         except Stopped as stopped:
             _say_how_to_go_on(stopped, config, run, overrides)
+            raise
+        except Lost as lost:
+            lost.told = True
+            log.error("%s", lost)  # train.log has it, too
             raise
     evaluation = training.evaluation
     if training.checkpoint is not None and not training.gave_up:

@@ -16,8 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pusht_act import sweep
 from pusht_act.config import register
+from pusht_act.distributed import Lost, processes, size
 from pusht_act.explain import explain
-from pusht_act.job import Result, execute
+from pusht_act.job import Result, execute, follow
 from pusht_act.pruning import reporter
 from pusht_act.signals import Stopped, in_charge, listening
 from pusht_act.tokens import refuse_tokens
@@ -34,18 +35,23 @@ register()
 def _task(cfg: DictConfig) -> Any:
     hydra_node = HydraConfig.get()
     try:
-        if hydra_node.mode is RunMode.MULTIRUN:
-            return sweep.objective(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
-        return _execute(cfg, hydra_node).objective
+        with processes(USER_ERRORS) as leads:
+            if not leads:
+                follow()
+                return None
+            if hydra_node.mode is RunMode.MULTIRUN:
+                return sweep.objective(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
+            return _execute(cfg, hydra_node).objective
     except USER_ERRORS as error:
         if WANT_TRACEBACK:
             raise
         _exit(error)  # from here: Hydra would print a line of its own above ours
-    except Stopped as stopped:
+    except (Stopped, Lost) as stopped:
         if in_charge():  # that of `main`, where it ends a sweep too
             raise
         # A process of a launcher's: what it does about the signal, such as to have the job queued again, is its own.
-        signal.raise_signal(stopped.signal)
+        if isinstance(stopped, Stopped):
+            signal.raise_signal(stopped.signal)
         raise OSError(str(stopped)) from stopped
 
 
@@ -81,21 +87,39 @@ def main() -> None:
     """The command `pusht-act`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line printed is ours
     try:
-        for argument in sys.argv[1:]:  # before Hydra: it would write a sweep's, and show what it cannot read
-            refuse_tokens(*argument.partition("=")[::2])
-        sys.argv[1:] = sweep.arguments(sys.argv[1:])
-        with listening(), sweep.reported():
-            _task()
+        with listening(), processes(USER_ERRORS) as leads:
+            if leads:
+                _lead()
+            else:
+                follow()
     except Stopped as stopped:
         if not stopped.told:
             print(f"pusht-act: {stopped}", file=sys.stderr)
         _leave(stopped.code)
+    except Lost as lost:
+        if not lost.told:
+            print(f"pusht-act: {lost}", file=sys.stderr)
+        _leave(1)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except USER_ERRORS as error:
         if WANT_TRACEBACK:
             raise
         _exit(error)
+
+
+def _lead() -> None:
+    """The command's arguments, and the job or the sweep that they describe."""
+    for argument in sys.argv[1:]:  # before Hydra: it would write a sweep's, and show what it cannot read
+        refuse_tokens(*argument.partition("=")[::2])
+    if size() > 1 and not {"-m", "--multirun"}.isdisjoint(sys.argv):
+        raise ValueError(
+            f"-m begins jobs from one process, and these are {size()}: give it without torchrun, and "
+            f"hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node={size()} for jobs of several processes"
+        )
+    sys.argv[1:] = sweep.arguments(sys.argv[1:])
+    with sweep.reported():
+        _task()
 
 
 def _leave(code: int) -> NoReturn:

@@ -99,11 +99,16 @@ def load_processors(config: ACTConfig, directory: Path) -> Processors:
         raise ValueError(f"{directory}: the processors are missing or damaged ({reason})") from error
 
 
-def act_loss(policy: ACTPolicy, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+def act_loss(
+    policy: ACTPolicy, batch: Mapping[str, Tensor], counts: Float[Tensor, "2"] | None = None
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """ACT's loss on a normalized batch: L1 over the actions that are not padding, plus kl_weight times the KL term.
 
     The same arithmetic as LeRobot's `ACTPolicy.forward`, whose `.item()` waits for the device at every step; here the
     parts stay tensors. In eval mode there is no KL term: the latent is zero.
+
+    `counts`, as `counted` has them of a whole batch of which `batch` is a part, makes its loss a share of the whole's:
+    those of all parts add up to it.
 
     Returns:
         the loss and its parts under LeRobot's names, l1_loss and kld_loss.
@@ -114,13 +119,21 @@ def act_loss(policy: ACTPolicy, batch: Mapping[str, Tensor]) -> tuple[Float[Tens
     actions_hat, (mu, log_sigma_x2) = policy.model(inputs)
     error = F.l1_loss(batch[ACTION], actions_hat, reduction="none")
     valid = ~batch["action_is_pad"].unsqueeze(-1)
-    l1_loss = (error * valid).sum() / (valid.sum() * error.shape[-1]).clamp_min(1)
+    n_valid = valid.sum() if counts is None else counts[0]
+    l1_loss = (error * valid).sum() / (n_valid * error.shape[-1]).clamp_min(1)
     if not policy.config.use_vae or log_sigma_x2 is None:
         return l1_loss, {"l1_loss": l1_loss.detach()}
     # KL(q(z|x) || N(0, 1)), summed over the latent's dimensions (Kingma and Welling 2013, appendix B)
-    kld_loss = (-0.5 * (1 + log_sigma_x2 - mu.pow(2) - log_sigma_x2.exp())).sum(-1).mean()
+    divergence = (-0.5 * (1 + log_sigma_x2 - mu.pow(2) - log_sigma_x2.exp())).sum(-1)
+    kld_loss = divergence.mean() if counts is None else (divergence * valid.any((1, 2))).sum() / counts[1].clamp_min(1)
     loss = l1_loss + kld_loss * policy.config.kl_weight
     return loss, {"l1_loss": l1_loss.detach(), "kld_loss": kld_loss.detach()}
+
+
+def counted(batch: Mapping[str, Tensor]) -> Float[Tensor, "2"]:
+    """What the means of `act_loss` are over: actions that are not padding, and rows that have one."""
+    valid = ~batch["action_is_pad"]
+    return torch.stack([valid.sum(), valid.any(1).sum()]).float()
 
 
 def make_optimizer(policy: ACTPolicy, config: AdamWConfig) -> Optimizer:

@@ -2,7 +2,7 @@
 
 Data order is a pure function of (seed, epoch) in data.py; evaluation resets its environments with seeds of its own
 (eval.start_seed + episode). What is left draws from PyTorch's global generator: initialisation first, then dropout and
-the VAE's noise, step after step, each from the start that this module gives it.
+the VAE's noise, step after step, each from the start that this module gives it. Several processes initialise alike.
 """
 
 import random
@@ -18,9 +18,12 @@ def seed_initialisation(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_training_noise(seed: int) -> None:
-    """After the policy is made: dropout and VAE noise do not depend on how many numbers initialisation drew."""
-    torch.manual_seed(_derived(seed, "training noise"))
+def seed_training_noise(seed: int, process: int = 0) -> None:
+    """After the policy is made: dropout and VAE noise do not depend on how many numbers initialisation drew.
+
+    Of several processes each has its own, as their samples are different ones.
+    """
+    torch.manual_seed(_derived(seed, f"training noise of process {process}" if process else "training noise"))
 
 
 def _derived(seed: int, stream: str) -> int:

@@ -53,6 +53,8 @@ class Stop:
     deferred: bool = False
     save_asked: bool = False
     """Whether there was a signal after which a checkpoint is wanted and the job goes on."""
+    leaving: bool = False
+    """For another reason, so that a signal changes nothing."""
 
     @property
     def asked(self) -> bool:
@@ -65,7 +67,7 @@ class Stop:
         Raises:
             Stopped: there was, with `step` and `checkpoint`.
         """
-        if self.received is not None:
+        if self.received is not None and not self.leaving:
             raise Stopped(self.received, step, checkpoint)
 
     def wants_checkpoint(self) -> bool:
@@ -85,7 +87,7 @@ def _handle(number: int, _frame: object) -> None:
     again, _stop.received = _stop.asked, _stop.received or number
     if again and number == signal.SIGINT:
         raise KeyboardInterrupt
-    if not again and not _stop.deferred:
+    if not again and not _stop.deferred and not _stop.leaving:
         raise Stopped(number)
 
 
@@ -112,7 +114,22 @@ def listening() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, former[number])
-        _stop.received, _stop.listening = None, False
+        _stop.received, _stop.listening, _stop.leaving = None, False, False
+
+
+def heard() -> int | None:
+    """The first signal that there was."""
+    return _stop.received
+
+
+def note(number: int) -> None:
+    """Another process of this job was sent a signal, which stops this one, too, where it asks."""
+    _stop.received = _stop.received or number
+
+
+def leave() -> None:
+    """This process is about to leave since another one is gone; what its launcher sends to say so comes too late."""
+    _stop.leaving = True
 
 
 def in_charge() -> bool:

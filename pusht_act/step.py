@@ -8,6 +8,8 @@ plain       operation after operation: what the tests compare with stock LeRobot
             batch_size, such as an epoch's last
 compiled    the loss (forward, masks, KL) and its gradient as fused kernels (train.compile)
 captured    on CUDA (capture.py): the host has two launches a step to make in place of hundreds
+added up    with several processes, which are not captured: each has the loss and gradient of its share of the batch
+            (distributed.py), of which the sum is the batch's; all make the same update
 
 Which of them a step is follows from the configuration and the batch's size. A resumed run warms up and captures anew,
 which changes nothing: warm-up launches the kernels that a replay does, on the same random numbers, and the generator's
@@ -26,7 +28,8 @@ from pusht_act.capture import Captured, CudaGraphs, Recorder, rates_on_device
 from pusht_act.checkpoint import TrainingObjects
 from pusht_act.config import TrainConfig
 from pusht_act.data import Batch, Inputs, Samples
-from pusht_act.policy import act_loss, autocast
+from pusht_act.distributed import add_up, size
+from pusht_act.policy import act_loss, autocast, counted
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +43,40 @@ def train_step(
 ) -> Losses:
     """One optimizer step on a normalized batch; weights and optimizer stay as they are if it broke.
 
+    Of several processes, on this one's share of it; what is returned is of the whole.
+
     Returns:
         loss, its parts, the gradient's norm before clipping, and skipped: 1.0 where loss or norm is not finite, else
         0.0; as tensors on the device: reading one waits for it.
     """
     policy = objects.policy.train()
+    batch, counts = _of_whole(batch)
     with autocast(policy, precision):
-        value, parts = loss(policy, batch)
+        value, parts = loss(policy, batch, counts)
     value.backward()  # type: ignore[no-untyped-call]
+    losses = {"loss": value.detach(), **parts}
+    add_up([*losses.values(), *(p.grad for p in policy.parameters() if p.grad is not None)])
     grad_norm = clip_grad_norm_(policy.parameters(), grad_clip_norm if grad_clip_norm > 0 else float("inf"))
-    skipped = 1.0 - (value.detach().isfinite() & grad_norm.isfinite()).float()
+    skipped = 1.0 - (losses["loss"].isfinite() & grad_norm.isfinite()).float()
     objects.optimizer.found_inf = skipped  # type: ignore[attr-defined] # the fused kernel's, as GradScaler sets it
     objects.optimizer.step()
     objects.optimizer.zero_grad()
-    return {"loss": value.detach(), **parts, "grad_norm": grad_norm, "skipped": skipped}
+    return {**losses, "grad_norm": grad_norm, "skipped": skipped}
+
+
+def _of_whole(share: Batch) -> tuple[Batch, Tensor | None]:
+    """`share`, and the counts of the batch it is of; None where that is all of it.
+
+    An epoch's last batch may have nothing for a process, which then takes a row of padding: that counts nothing.
+    """
+    if size() == 1:
+        return share, None
+    if not len(share["action_is_pad"]):
+        share = {key: value.new_zeros(1, *value.shape[1:]) for key, value in share.items() if isinstance(value, Tensor)}
+        share["action_is_pad"] = ~share["action_is_pad"]
+    counts = counted(share)
+    add_up([counts])
+    return share, counts
 
 
 class TrainStep:
@@ -111,8 +134,12 @@ class TrainStep:
 
 
 def recorder_of(options: TrainConfig, device: torch.device) -> Recorder | None:
-    """What captures a step on `device`; None on the CPU, and for train.profile, which looks into a step."""
-    return CudaGraphs(device) if device.type == "cuda" and not options.profile else None
+    """What captures a step on `device`; None on the CPU, for train.profile, which looks into a step, and where several
+    processes add up their gradients in its middle.
+    """
+    if device.type == "cuda" and size() > 1:
+        log.info("%d processes: a step is launched operation by operation, not as a CUDA graph", size())
+    return CudaGraphs(device) if device.type == "cuda" and not options.profile and size() == 1 else None
 
 
 def loss_of(options: TrainConfig, device: torch.device) -> Loss:

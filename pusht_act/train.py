@@ -28,6 +28,7 @@ from pusht_act.data import (
     policy_features,
     split_episodes,
 )
+from pusht_act.distributed import Word, rank, size, tell
 from pusht_act.divergence import DivergedError, check
 from pusht_act.evaluate import Evaluation
 from pusht_act.evaluations import due, evaluating, unevaluated
@@ -116,7 +117,7 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
         policy = load_policy(lerobot.policy, loaded)
         processors = load_processors(lerobot.policy, loaded)
     if start is None:
-        seed_training_noise(config.seed)
+        seed_training_noise(config.seed, rank())
     objects = _with_optimizer(config, lerobot, policy, processors)
     state = LoopState() if start is None else _resumed_state(config, lerobot, start, objects, order)
     held_out = torch.cat(
@@ -124,10 +125,11 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
     )
     data = Samples(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
     log.info(
-        "%s: %d episodes, %d frames%s; ACT with %.1f M parameters on %s",
+        "%s: %d episodes, %d frames%s; ACT with %.1f M parameters on %s%s",
         frames.repo_id, len(train_episodes), len(order),
         f" ({len(eval_episodes)} episodes held out)" if eval_episodes else "",
         sum(p.numel() for p in policy.parameters()) / 1e6, lerobot.policy.device,
+        f", in {size()} processes with {config.batch_size // size()} samples of a batch each" if size() > 1 else "",
     )  # fmt: skip
     if emulates_bf16(lerobot.policy, config.train.precision):
         log.warning(
@@ -158,6 +160,12 @@ def roll_back(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir,
         "%s: going back to step %d, %s, and on with the data in another order (%d of train.max_rollbacks=%d)",
         diverged, checkpoint.step, checkpoint.directory, number, most,
     )  # fmt: skip
+    tell(Word.ROLL_BACK, (checkpoint, number))
+    return back_at(config, lerobot, setup, checkpoint, number)
+
+
+def back_at(config: Config, lerobot: LeRobotConfig, setup: Setup, checkpoint: Checkpoint, number: int) -> Setup:
+    """`setup` after roll-back `number`, to `checkpoint`."""
     policy = load_policy(lerobot.policy, checkpoint.model)
     processors = load_processors(lerobot.policy, checkpoint.model)
     objects = _with_optimizer(config, lerobot, policy, processors)
@@ -206,8 +214,15 @@ def _resumed_state(
 ) -> LoopState:
     state = checkpoints.load(start, objects)
     reapply_options(objects.optimizer, objects.scheduler, lerobot.optimizer, lerobot.policy)
+    if rank() and not checkpoints.load_random(start, rank()):
+        seed_training_noise(config.seed, rank())
+    if rank() == 0 and (then := checkpoints.processes_of(start)) != size():
+        log.warning(
+            "processes: %d, the checkpoint's were %d: the data order goes on where it was, dropout and VAE noise are "
+            "others", size(), then,
+        )  # fmt: skip
     batch_size, processes = checkpoints.written_with(start)
-    if batch_size not in (None, config.batch_size):
+    if batch_size not in (None, config.batch_size) and rank() == 0:
         log.warning(
             "batch_size=%d, the checkpoint's was %d: the data order goes on where it was", config.batch_size, batch_size
         )
@@ -241,7 +256,6 @@ def _train(
     config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any], metrics: Metrics
 ) -> Training:
     objects, state, order = setup.objects, setup.state, setup.order
-    policy, processors = objects.policy, objects.processors
     window = Window(state.window)
     means: dict[str, float] = {}
     state.wandb_run_id = metrics.wandb_run_id
@@ -260,6 +274,7 @@ def _train(
                 saver.begin()
         for step in range(state.step + 1, config.steps + 1):
             began = time.perf_counter()
+            tell(Word.STEP)
             batch = take_step.batch(next(inputs))
             fetched = time.perf_counter()
             profile.end("data")
@@ -282,7 +297,7 @@ def _train(
                 window = Window()
             profile.end("logging")
             if due(step, config.eval_steps):
-                loss = validation_loss(policy, processors, setup.data, setup.held_out, config.batch_size)
+                loss = validation_loss(objects, setup.data, setup.held_out, config.batch_size)
                 metrics.log("eval", {"loss": loss}, step)
                 log.info("step %d: validation loss %.4f", step, loss)
             saver.collect(wait=evaluates)  # what was not saved cannot be the best
@@ -309,16 +324,14 @@ def make_step(config: Config, lerobot: LeRobotConfig, setup: Setup) -> TrainStep
     keep_freed_memory()
     recorder = recorder_of(config.train, torch.device(str(lerobot.policy.device)))
     clip, precision = lerobot.optimizer.grad_clip_norm, config.train.precision
-    return TrainStep(setup.objects, setup.data, config.batch_size, clip, precision, setup.loss, recorder)
+    return TrainStep(setup.objects, setup.data, config.batch_size // size(), clip, precision, setup.loss, recorder)
 
 
-def validation_loss(
-    policy: ACTPolicy, processors: Processors, data: Samples, indices: Tensor, batch_size: int
-) -> float:
+def validation_loss(objects: TrainingObjects, data: Samples, indices: Tensor, batch_size: int) -> float:
     """Mean loss over the held-out frames in eval mode, batch by batch as stock LeRobot takes it (no KL term)."""
-    policy.eval()
+    policy, pre = objects.policy.eval(), objects.processors.pre
     with torch.inference_mode(), autocast(policy):
-        losses = [act_loss(policy, processors.pre(data.batch(part)))[0] for part in torch.split(indices, batch_size)]
+        losses = [act_loss(policy, pre(data.batch(part)))[0] for part in torch.split(indices, batch_size)]
     policy.train()
     return float(torch.stack(losses).mean())
 

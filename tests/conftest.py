@@ -1,7 +1,9 @@
 """What the tests share: one thread, a cache of their own, small data sets, a tiny run."""
 
 import logging
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -129,3 +131,21 @@ def image_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def keypoints_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with keypoints."""
     return _write_dataset(tmp_path_factory.mktemp("data") / "keypoints", image=False)
+
+
+@pytest.fixture(scope="session")
+def broken_dataset(keypoints_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The keypoints data set, one frame of 71 of which is not a number; its statistics are as they were."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = Path(shutil.copytree(keypoints_dataset, tmp_path_factory.mktemp("broken") / "data"))
+    (path,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    index = table.schema.get_field_index("observation.state")
+    values = table.column(index).to_pylist()
+    values[5] = [math.nan, math.nan]
+    pq.write_table(
+        table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type)), path
+    )
+    return root

@@ -2,15 +2,12 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.optim import AdamWConfig
@@ -117,21 +114,6 @@ def test_an_infinite_gradient_of_a_finite_loss_counts_too(training: Any) -> None
 
 
 # Whole runs.
-
-
-@pytest.fixture(scope="module")
-def broken_dataset(keypoints_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The keypoints data set, one frame of 71 of which is not a number; its statistics are as they were."""
-    root = Path(shutil.copytree(keypoints_dataset, tmp_path_factory.mktemp("broken") / "data"))
-    (path,) = root.glob("data/*/*.parquet")
-    table = pq.read_table(path)
-    index = table.schema.get_field_index("observation.state")
-    values = table.column(index).to_pylist()
-    values[5] = [math.nan, math.nan]
-    pq.write_table(
-        table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type)), path
-    )
-    return root
 
 
 @pytest.fixture
