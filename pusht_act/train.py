@@ -297,9 +297,7 @@ def _train(
                 window = Window()
             profile.end("logging")
             if due(step, config.eval_steps):
-                loss = validation_loss(objects, setup.data, setup.held_out, config.batch_size)
-                metrics.log("eval", {"loss": loss}, step)
-                log.info("step %d: validation loss %.4f", step, loss)
+                _validate(config, setup, metrics, step)
             saver.collect(wait=evaluates)  # what was not saved cannot be the best
             evaluations.collect(wait=evaluates or last)
             if evaluates and not evaluations.gives_up(step):
@@ -325,6 +323,12 @@ def make_step(config: Config, lerobot: LeRobotConfig, setup: Setup) -> TrainStep
     recorder = recorder_of(config.train, torch.device(str(lerobot.policy.device)))
     clip, precision = lerobot.optimizer.grad_clip_norm, config.train.precision
     return TrainStep(setup.objects, setup.data, config.batch_size // size(), clip, precision, setup.loss, recorder)
+
+
+def _validate(config: Config, setup: Setup, metrics: Metrics, step: int) -> None:
+    loss = validation_loss(setup.objects, setup.data, setup.held_out, config.batch_size)
+    metrics.log("eval", {"loss": loss}, step)
+    log.info("step %d: validation loss %.4f", step, loss)
 
 
 def validation_loss(objects: TrainingObjects, data: Samples, indices: Tensor, batch_size: int) -> float:
