@@ -28,6 +28,7 @@ class Mode(Enum):
     eval = "eval"
     demos = "demos"
     dagger = "dagger"
+    status = "status"
 
 
 @dataclass
@@ -50,6 +51,14 @@ class SweepConfig:
     """The folder of a sweep, hydra.sweep.dir: it goes on with the overrides that it was begun with."""
     max_tries: int = MISSING
     """How often a job that fails is begun in all; each time that the sweep is gone on with is another try."""
+
+
+@dataclass
+class StatusConfig:
+    """`mode=status`: a table of the jobs of a sweep, or of one run (see status.py)."""
+
+    every: float = MISSING
+    """On a terminal: seconds between two drawings, until all jobs have ended; 0: drawn once, as it is elsewhere."""
 
 
 @dataclass
@@ -209,8 +218,11 @@ class Config:
     """Print the equivalent stock command line and stop."""
     checkpoint: str | None = MISSING
     """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
+    dir: str | None = None
+    """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or a run directory."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    status: StatusConfig = field(default_factory=StatusConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

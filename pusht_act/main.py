@@ -18,6 +18,7 @@ from pusht_act import sweep
 from pusht_act.config import register
 from pusht_act.explain import explain
 from pusht_act.job import Result, execute
+from pusht_act.side_by_side import leaving
 from pusht_act.signals import Stopped, in_charge, listening
 from pusht_act.tokens import refuse_tokens
 
@@ -33,6 +34,8 @@ register()
 def _task(cfg: DictConfig) -> Any:
     hydra_node = HydraConfig.get()
     try:
+        if leaving():
+            return None
         if hydra_node.mode is RunMode.MULTIRUN:
             return sweep.objective(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
         return _execute(cfg, hydra_node).objective
@@ -45,6 +48,8 @@ def _task(cfg: DictConfig) -> Any:
             raise
         # A process of a launcher's: what it does about the signal, such as to have the job queued again, is its own.
         signal.raise_signal(stopped.signal)
+        if leaving():
+            return None
         raise OSError(str(stopped)) from stopped
 
 

@@ -1,6 +1,7 @@
 """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop a job; the command then leaves with 128 + the signal's number.
 
     listening()         a signal raises `Stopped` wherever the job is, ...
+      pass_on()         ... but with workers, which are stopped first, ...
       deferred()        ... but in the training loop, which asks between two steps whether there was one, ...
         at_once()       ... but where that waits or evaluates, which is broken off
     withheld()          processes begun in here never see a signal: they end with their parent
@@ -8,6 +9,7 @@
 A second Ctrl-C is a KeyboardInterrupt at once. Imports neither torch nor lerobot.
 """
 
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
@@ -48,6 +50,7 @@ class Stop:
     """The first signal."""
     listening: bool = False
     deferred: bool = False
+    passes_on: bool = False
 
     @property
     def asked(self) -> bool:
@@ -72,7 +75,12 @@ def _handle(number: int, _frame: object) -> None:
     again, _stop.received = _stop.asked, _stop.received or number
     if again and number == signal.SIGINT:
         raise KeyboardInterrupt
-    if not again and not _stop.deferred:
+    if again:
+        return
+    workers = multiprocessing.active_children() if _stop.passes_on else []
+    for worker in workers:
+        worker.terminate()
+    if not workers and not _stop.deferred:
         raise Stopped(number)
 
 
@@ -90,7 +98,7 @@ def listening() -> Iterator[None]:
         return
     former = {number: signal.getsignal(number) for number in STOPPING}
     ours = [number for number, handler in former.items() if handler not in (signal.SIG_IGN, None)]
-    _stop.received, _stop.deferred, _stop.listening = None, False, True
+    _stop.received, _stop.deferred, _stop.listening, _stop.passes_on = None, False, True, False
     try:
         for number in ours:
             signal.signal(number, _handle)
@@ -105,6 +113,23 @@ def listening() -> Iterator[None]:
 def in_charge() -> bool:
     """Whether a `listening` is around the caller."""
     return _stop.listening
+
+
+def pass_on() -> None:
+    """Until the end of `listening` a signal goes to the processes of multiprocessing's, if there are any, as SIGTERM.
+
+    It stops this one when they have ended, by `check`.
+    """
+    _stop.passes_on = True
+
+
+def check() -> None:
+    """Leave if there was a signal.
+
+    Raises:
+        Stopped: there was.
+    """
+    _stop.check()
 
 
 @contextmanager

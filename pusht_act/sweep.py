@@ -29,6 +29,8 @@ from omegaconf import DictConfig
 from pusht_act.config import Mode
 from pusht_act.lock import NAME as LOCK
 from pusht_act.lock import Holder
+from pusht_act.side_by_side import divide, settle
+from pusht_act.signals import check
 
 if TYPE_CHECKING:
     from pusht_act.job import Result
@@ -38,6 +40,9 @@ log = logging.getLogger(__name__)
 IDENTITY = "sweep.json"
 FREE = ("hydra.launcher.", "hydra/launcher", "hydra.verbose", "sweep.max_tries")
 """Overrides that a sweep may go on with other values of: where and how often its jobs run, not what they come to."""
+
+WORDS = ("state", "host", "overrides")
+"""Columns of the table that hold no numbers."""
 
 
 @dataclass
@@ -73,6 +78,10 @@ class Recorder(Callback):  # type: ignore[misc]
         content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": _grid(config, task)}
         if not (directory / IDENTITY).exists():
             _write(directory / IDENTITY, content)
+        divide(config.hydra.launcher, len(content["jobs"]))
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
+        settle(config.hydra.job)
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -84,6 +93,8 @@ def arguments(argv: Sequence[str]) -> list[str]:
     """
     given = dict(argument.partition("=")[::2] for argument in argv)
     multirun = not {"-m", "--multirun"}.isdisjoint(argv)
+    if multirun and given.get("mode") == "status":
+        raise ValueError("mode=status looks at one sweep or run and begins none: leave -m out")
     named = given.get("sweep.resume", "null")
     if named != "null":
         if not multirun:
@@ -125,15 +136,11 @@ def jobs(directory: Path) -> list[Job]:
 def job(directory: Path, number: int, overrides: list[str]) -> Job:
     """Job `number`; one that a killed process has left running is interrupted."""
     path = directory / "jobs" / f"{number}.json"
-    try:
-        found = Job(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+    found = _read(path)
+    if found is None:
         return Job(number, overrides)
-    if found.state == "running":
-        lock = Path(found.output_dir) / LOCK
-        untouched = time.time() - (lock if lock.exists() else path).stat().st_mtime
-        if not Holder(**found.holder).alive(untouched):
-            found.state = "interrupted"
+    if found.state == "running" and not _is_alive(found, path) and _read(path) == found:  # it has not ended just now
+        found.state = "interrupted"
     return found
 
 
@@ -157,10 +164,9 @@ def objective(
         return None
     if found.tries and cfg.mode in (Mode.test, Mode.full):
         cfg.resume.auto = True
-    began = Job(
-        number, found.overrides, "running", found.tries + 1,
-        output_dir=str(node.runtime.output_dir), holder=asdict(Holder()),
-    )  # fmt: skip
+    given = any(each.startswith("output_dir=") for each in found.overrides)
+    output_dir = str(Path(cfg.output_dir).absolute() if given else node.runtime.output_dir)
+    began = Job(number, found.overrides, "running", found.tries + 1, output_dir=output_dir, holder=asdict(Holder()))
     start = time.monotonic()
     ended = replace(began, state="interrupted")
     _keep(directory, began)
@@ -181,6 +187,7 @@ def reported() -> Iterator[None]:
 
     Raises:
         ValueError: some jobs are not done.
+        Stopped: by a signal.
     """
     Recorder.directory = None
     found: list[Job] = []
@@ -188,7 +195,9 @@ def reported() -> Iterator[None]:
     broken: RuntimeError | None = None
     try:
         yield
-    except RuntimeError as error:  # submitit's, of a job whose process was killed: the table shows that
+        check()  # a signal was passed on to the jobs, which have left
+    except RuntimeError as error:  # submitit's or joblib's, of a job whose process was killed: the table shows that
+        check()
         broken = error
     finally:
         directory = Recorder.directory
@@ -205,15 +214,26 @@ def reported() -> Iterator[None]:
         raise broken
 
 
-def table(found: list[Job]) -> list[str]:
-    """Lines that show every job, by the overrides that are not those of all."""
+def table(found: list[Job], seen: Sequence[dict[str, str]] = ()) -> list[str]:
+    """Lines that show every job, by the overrides that are not those of all; `seen` has more of its columns."""
     common = set.intersection(*(set(each.overrides) for each in found)) if len(found) > 1 else set()
-    lines = ["| job | state       | tries |    step | success | overrides"]
-    for each in found:
-        step = "" if each.step is None else f"{each.step:,}"
-        success = "" if each.objective is None else f"{each.objective:.1f} %"
+    rows = []
+    for each, more in zip(found, seen or [{}] * len(found), strict=True):
+        known = {
+            "job": f"{each.number}",
+            "state": each.state,
+            "tries": f"{each.tries}",
+            "step": "" if each.step is None else f"{each.step:,}",
+            "success": "" if each.objective is None else f"{each.objective:.1f} %",
+        }
         own = " ".join(override for override in each.overrides if override not in common)
-        lines.append(f"| {each.number:3} | {each.state:11} | {each.tries:5} | {step:>7} | {success:>7} | {own}")
+        rows.append({**known, **more, "overrides": own})
+    head = {key: key for row in rows for key in row}
+    width = {key: max(len(row[key]) for row in (head, *rows)) for key in head}
+    lines = []
+    for row in (head, *rows):
+        cells = (row[key].ljust(width[key]) if key in WORDS else row[key].rjust(width[key]) for key in head)
+        lines.append(f"| {' | '.join(cells)}".rstrip())
     return [*lines, *(f"job {each.number} failed: {each.error}" for each in found if each.error)]
 
 
@@ -246,6 +266,24 @@ def _identity(directory: Path) -> list[str] | None:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
     return overrides
+
+
+def _read(path: Path) -> Job | None:
+    """What a job's file says; None when there is none that can be read."""
+    try:
+        return Job(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _is_alive(job: Job, path: Path) -> bool:
+    """Whether the process that began `job`, as the file at `path` says, is at work."""
+    try:
+        lock = Path(job.output_dir) / LOCK  # touched every 30 s
+        touched = max(each.stat().st_mtime for each in (path, lock) if each.exists())
+        return Holder(**job.holder).alive(time.time() - touched)
+    except (OSError, TypeError, ValueError):  # removed just now, or not written by this program
+        return False
 
 
 def _keep(directory: Path, found: Job) -> None:
