@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from types import FrameType
@@ -56,6 +57,7 @@ class _Worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the launcher passes it on
         for number in set(STOPPING) - {signal.SIGINT}:
             signal.signal(number, self._handle)
+        sys.stderr.isatty = lambda: False  # type: ignore[method-assign]  # bars of several would be drawn over each other
         threading.Thread(target=self._watch, name="launcher", daemon=True).start()
 
     def _take_place(self) -> int:
