@@ -105,6 +105,8 @@ def main() -> None:
 def _leave(code: int) -> NoReturn:
     """Without waiting for threads, or the seconds that taking torch apart takes."""
     logging.shutdown()
+    if "torch" not in sys.modules:  # such as with joblib, whose workers are to be dismissed
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

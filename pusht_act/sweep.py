@@ -75,10 +75,11 @@ class Recorder(Callback):  # type: ignore[misc]
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
         Recorder.directory = directory = Path(config.hydra.sweep.dir)
         task = list(config.hydra.overrides.task)
-        content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": _grid(config, task)}
+        grid = _grid(config, task)
+        content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": grid}
         if not (directory / IDENTITY).exists():
             _write(directory / IDENTITY, content)
-        divide(config.hydra.launcher, len(content["jobs"]))
+        divide(config.hydra.launcher, len(grid))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
         settle(config.hydra.job)
