@@ -21,7 +21,7 @@ NOT_NEGATIVE = (
     *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed"),
     *("eval.n_videos", "eval.workers"),
     *("checkpoints.keep_last", "checkpoints.keep_every", "train.max_nonfinite"),
-    "train.max_rollbacks",
+    *("train.max_rollbacks", "status.every"),
     *("demos.start_seed", "demos.workers", "dagger.start_seed", "dagger.workers"),
     *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
     *("optimizer.grad_clip_norm", "optimizer.eps", "scheduler.decay_lr"),
@@ -134,6 +134,8 @@ def _check_mode(config: Config) -> None:
         raise ValueError(
             f"checkpoint={config.checkpoint} is for mode=eval: give mode=eval, or resume.path= to train on"
         )
+    if config.mode is Mode.status and not config.dir:
+        raise ValueError("mode=status needs a folder: give dir=DIR, that of a sweep or a run directory")
     if config.mode is not Mode.resume and config.resume.path:
         raise ValueError(f"resume.path={config.resume.path} is for mode=resume: give mode=resume too, or leave it out")
     if config.mode is Mode.demos and config.demos.n_episodes < 1:

@@ -1,4 +1,4 @@
-"""A sweep's jobs on SLURM: the script they would be submitted by, and waiting for all of them."""
+"""A sweep's jobs on SLURM: the script they would be submitted by, waiting for all of them, what SLURM objects to."""
 
 import re
 from pathlib import Path
@@ -50,3 +50,15 @@ def wait_for_all(hydra_node: DictConfig) -> None:
         for path in folder.parent.glob(f"{submitted}*"):
             if re.fullmatch(rf"{submitted}_\d+", path.name):
                 SlurmJob(folder, path.name).wait()
+
+
+def plainly(error: RuntimeError) -> str:
+    """A launcher's error and what to do about it."""
+    said = " ".join(str(error).split())
+    if "srun" in said and "slurm cluster" in said:
+        return "there is no SLURM on this machine (no srun): leave out cluster= and hydra/launcher=, or log in to one"
+    if "sbatch" in said:
+        refused = [line.strip() for line in str(error).splitlines() if line.strip().startswith("sbatch: error:")]
+        reason = "; ".join(line.removeprefix("sbatch: error: ") for line in refused) or said
+        return f"SLURM refused them ({reason}): hydra.launcher.partition= and the like say what they ask for"
+    return said

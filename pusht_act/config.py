@@ -28,6 +28,7 @@ class Mode(Enum):
     eval = "eval"
     demos = "demos"
     dagger = "dagger"
+    status = "status"
 
 
 @dataclass
@@ -127,6 +128,14 @@ class OptunaConfig:
     pruner: PrunerConfig = field(default_factory=PrunerConfig)
     params: dict[str, str] = MISSING
     """More overrides, by key; those of the command line replace them."""
+
+
+@dataclass
+class StatusConfig:
+    """`mode=status`: a table of the jobs of a sweep, or of one run (see status.py)."""
+
+    every: float = MISSING
+    """On a terminal: seconds between two drawings, until all jobs have ended; 0: drawn once, as it is elsewhere."""
 
 
 @dataclass
@@ -286,9 +295,12 @@ class Config:
     """Print the equivalent stock command line and stop."""
     checkpoint: str | None = MISSING
     """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
+    dir: str | None = None
+    """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or a run directory."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    status: StatusConfig = field(default_factory=StatusConfig)
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -12,11 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.run_dir import OURS, Checkpoint
 
-OF_THE_COMMAND = {"mode", "steps", "output_dir", "overwrite", "print_lerobot_command", "checkpoint", "resume", "sweep"}
+OF_THE_COMMAND = {
+    *("mode", "steps", "output_dir", "overwrite", "print_lerobot_command", "checkpoint", "dir", "resume", "sweep"),
+    "status",
+}
 """Root keys of a resumed run that the present command decides; all others are the checkpoint's."""
 OF_AN_EVALUATED_POLICY = {"policy", "env", "job_name"}
 """Root keys that mode=eval takes from the checkpoint; all others are the present command's."""
-OUR_SECTIONS = {"checkpoints", "train", "eval", "wandb", "demos", "dagger", "sweep"}
+OUR_SECTIONS = {"checkpoints", "train", "eval", "wandb", "demos", "dagger", "sweep", "status"}
 """Typed by config.py; the others are LeRobot's, whose defaults are its own."""
 FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
 STOCK_ROOT = {

@@ -36,6 +36,7 @@ from pusht_act.run_dir import (
     write_provenance,
 )
 from pusht_act.signals import Stopped, listening
+from pusht_act.status import show
 from pusht_act.vet import vet
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,10 @@ def execute(
         ValueError, OSError: the user's to mend; nothing was written.
     """
     check_overrides(cfg, overrides)
-    config_from(cfg)
+    checked = config_from(cfg)
+    if checked.mode is Mode.status and checked.dir is not None:
+        show(Path(checked.dir).expanduser(), checked.status.every)
+        return Result(Path(checked.dir))
     if cfg.print_lerobot_command:
         print(lerobot_command(*_decided(cfg, overrides, choices)))
         return Result(Path(cfg.output_dir))
@@ -80,7 +84,7 @@ def execute(
     if cfg.mode is Mode.eval:
         return _evaluate(*_decided(cfg, overrides, choices), overrides)
     if cfg.mode is Mode.demos:
-        return _demonstrate(config_from(cfg), overrides)
+        return _demonstrate(checked, overrides)
     with locked(directory(cfg, overrides)) as lock:
         config, start = _decided(cfg, overrides, choices)
         if cfg.mode is Mode.dagger:

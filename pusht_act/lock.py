@@ -169,6 +169,12 @@ def locked(directory: Path, option: str = "output_dir") -> Iterator[Lock]:
         lock.release()
 
 
+def held_by(directory: Path) -> tuple[Holder | None, bool]:
+    """Whose lock is on `directory`, if there is one, and whether that process is alive."""
+    holder = _read(directory / NAME)
+    return holder, holder is not None and not _dead(directory / NAME, holder)
+
+
 def is_lock(path: Path) -> bool:
     """Whether a file is part of a lock that keeps this process out of nothing: its own, or that of a dead one."""
     return _named_so(path) and ((holder := _read(path)) is None or holder.is_here() or _dead(path, holder))

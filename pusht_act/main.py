@@ -20,6 +20,7 @@ from pusht_act.distributed import Lost, processes, size
 from pusht_act.explain import explain
 from pusht_act.job import Result, execute, follow
 from pusht_act.pruning import reporter
+from pusht_act.side_by_side import leaving
 from pusht_act.signals import Stopped, in_charge, listening
 from pusht_act.tokens import refuse_tokens
 
@@ -35,6 +36,8 @@ register()
 def _task(cfg: DictConfig) -> Any:
     hydra_node = HydraConfig.get()
     try:
+        if leaving():
+            return None
         with processes(USER_ERRORS) as leads:
             if not leads:
                 follow()
@@ -52,6 +55,8 @@ def _task(cfg: DictConfig) -> Any:
         # A process of a launcher's: what it does about the signal, such as to have the job queued again, is its own.
         if isinstance(stopped, Stopped):
             signal.raise_signal(stopped.signal)
+        if leaving():
+            return None
         raise OSError(str(stopped)) from stopped
 
 
@@ -125,6 +130,8 @@ def _lead() -> None:
 def _leave(code: int) -> NoReturn:
     """Without waiting for threads, or the seconds that taking torch apart takes."""
     logging.shutdown()
+    if "torch" not in sys.modules:  # such as with joblib, whose workers are to be dismissed
+        sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -19,8 +19,11 @@ def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
         raise ValueError("hydra/sweeper=optuna chooses the values of a sweep's jobs: give -m too, or leave it out")
     read = [override for override in parsed(overrides) if not override.is_delete()]
     given = dict(pair for override in read for pair in flat(override.key_or_group, override.value()))
+    if any(override.startswith("output_dir=") for override in overrides):
+        given["output_dir"] = cfg.output_dir
     for key, value in given.items():
         section, _, name = key.partition(".")
+        _check_status(key, value, cfg.mode)
         if section == "demos":
             _check_used(name, value, cfg)
         if section == "sweep" and not sweeps:
@@ -42,6 +45,15 @@ def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             f"demos.start_seed={given['demos.start_seed']} and demos.starts={starts} both say where to start: "
             "leave one of them out"
         )
+
+
+def _check_status(key: str, value: Any, mode: Mode) -> None:
+    """mode=status has options of its own, and no others."""
+    its_own = key == "dir" or key.startswith("status.")
+    if its_own and mode is not Mode.status:
+        raise ValueError(f"{key}={value} is for mode=status: give that too, or leave it out")
+    if mode is Mode.status and not its_own and key != "mode":
+        raise ValueError(f"{key}={value} does nothing in mode=status, which takes dir= and status.every=: leave it out")
 
 
 def _check_used(name: str, value: Any, cfg: DictConfig) -> None:

@@ -1,6 +1,7 @@
 """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop a job; the command then leaves with 128 + the signal's number.
 
     listening()         a signal raises `Stopped` wherever the job is, ...
+      pass_on()         ... but with workers, which are stopped first, ...
       deferred()        ... but in the training loop, which asks between two steps whether there was one, ...
         at_once()       ... but where that waits or evaluates, which is broken off
     withheld()          processes begun in here never see a signal: they end with their parent
@@ -10,6 +11,7 @@ before a kill, after which SLURM queues the job again, or before SIGUSR2, at whi
 nor lerobot.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -55,6 +57,7 @@ class Stop:
     """Whether there was a signal after which a checkpoint is wanted and the job goes on."""
     leaving: bool = False
     """For another reason, so that a signal changes nothing."""
+    passes_on: bool = False
 
     @property
     def asked(self) -> bool:
@@ -87,7 +90,12 @@ def _handle(number: int, _frame: object) -> None:
     again, _stop.received = _stop.asked, _stop.received or number
     if again and number == signal.SIGINT:
         raise KeyboardInterrupt
-    if not again and not _stop.deferred and not _stop.leaving:
+    if again:
+        return
+    workers = multiprocessing.active_children() if _stop.passes_on else []
+    for worker in workers:
+        worker.terminate()
+    if not workers and not _stop.deferred and not _stop.leaving:
         raise Stopped(number)
 
 
@@ -105,7 +113,8 @@ def listening() -> Iterator[None]:
         return
     former = {number: signal.getsignal(number) for number in STOPPING}
     ours = [number for number, handler in former.items() if handler not in (signal.SIG_IGN, None)]
-    _stop.received, _stop.deferred, _stop.listening, _stop.save_asked = None, False, True, False
+    _stop.received, _stop.deferred, _stop.listening = None, False, True
+    _stop.save_asked = _stop.passes_on = False
     try:
         for number in ours:
             signal.signal(number, _handle)
@@ -135,6 +144,23 @@ def leave() -> None:
 def in_charge() -> bool:
     """Whether a `listening` is around the caller."""
     return _stop.listening
+
+
+def pass_on() -> None:
+    """Until the end of `listening` a signal goes to the processes of multiprocessing's, if there are any, as SIGTERM.
+
+    It stops this one when they have ended, by `check`.
+    """
+    _stop.passes_on = True
+
+
+def check() -> None:
+    """Leave if there was a signal.
+
+    Raises:
+        Stopped: there was.
+    """
+    _stop.check()
 
 
 @contextmanager

@@ -29,10 +29,12 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.cluster import sbatch_script, wait_for_all
+from pusht_act.cluster import plainly, sbatch_script, wait_for_all
 from pusht_act.config import Direction, Metric, Mode
 from pusht_act.lock import NAME as LOCK
 from pusht_act.lock import Holder
+from pusht_act.side_by_side import divide, settle
+from pusht_act.signals import check
 
 if TYPE_CHECKING:
     from pusht_act.job import Result
@@ -47,6 +49,9 @@ FREE = (
 """Overrides that a sweep may go on with other values of: where and how often its jobs run, not what they come to."""
 FINISHED = ("done", "pruned")
 """States of a job that is left alone."""
+
+WORDS = ("state", "host", "overrides")
+"""Columns of the table that hold no numbers."""
 
 
 @dataclass
@@ -93,6 +98,10 @@ class Recorder(Callback):  # type: ignore[misc]
             content["direction"] = direction.value
         if not (directory / IDENTITY).exists():
             _write(directory / IDENTITY, content)
+        divide(config.hydra.launcher, len(grid))
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
+        settle(config.hydra.job)
 
 
 def arguments(argv: Sequence[str]) -> list[str]:
@@ -106,6 +115,8 @@ def arguments(argv: Sequence[str]) -> list[str]:
     multirun = not {"-m", "--multirun"}.isdisjoint(argv)
     if given.get("cluster.dry_run", "false").lower() == "true" and not multirun:
         raise ValueError("cluster.dry_run=true shows the script of a sweep: give -m too")
+    if multirun and given.get("mode") == "status":
+        raise ValueError("mode=status looks at one sweep or run and begins none: leave -m out")
     named = given.get("sweep.resume", "null")
     if named != "null":
         if not multirun:
@@ -147,15 +158,11 @@ def jobs(directory: Path) -> list[Job]:
 def job(directory: Path, number: int, overrides: list[str]) -> Job:
     """Job `number`; one that a killed process has left running is interrupted."""
     path = directory / "jobs" / f"{number}.json"
-    try:
-        found = Job(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
+    found = _read(path)
+    if found is None:
         return Job(number, overrides)
-    if found.state == "running":
-        lock = Path(found.output_dir) / LOCK
-        untouched = time.time() - (lock if lock.exists() else path).stat().st_mtime
-        if not Holder.read(found.holder).alive(untouched):
-            found.state = "interrupted"
+    if found.state == "running" and not _is_alive(found, path) and _read(path) == found:  # it has not ended just now
+        found.state = "interrupted"
     return found
 
 
@@ -183,9 +190,11 @@ def objective(
         return None
     if found.tries and cfg.mode in (Mode.test, Mode.full):
         cfg.resume.auto = True
+    given = any(each.startswith("output_dir=") for each in found.overrides)
+    output_dir = str(Path(cfg.output_dir).absolute() if given else node.runtime.output_dir)
     began = Job(
         number, found.overrides, "running", found.tries + 1, found.failures,
-        metric=_metric(node), output_dir=str(node.runtime.output_dir), holder=asdict(Holder()),
+        metric=_metric(node), output_dir=output_dir, holder=asdict(Holder()),
     )  # fmt: skip
     start = time.monotonic()
     ended = replace(began, state="interrupted")
@@ -208,6 +217,7 @@ def reported() -> Iterator[None]:
 
     Raises:
         ValueError: some jobs are not done.
+        Stopped: by a signal.
     """
     Recorder.directory = Recorder.hydra_node = None
     found: list[Job] = []
@@ -215,10 +225,12 @@ def reported() -> Iterator[None]:
     broken: RuntimeError | None = None
     try:
         yield
+        check()  # a signal was passed on to the jobs, which have left
     except FileExistsError:  # the sweep is another process's, and so is its table
         Recorder.directory = None
         raise
-    except RuntimeError as error:  # submitit's, of a job whose process was killed: the table shows that
+    except RuntimeError as error:  # submitit's or joblib's, of a job whose process was killed: the table shows that
+        check()
         broken = error
         if Recorder.hydra_node is not None:
             wait_for_all(Recorder.hydra_node)
@@ -236,19 +248,30 @@ def reported() -> Iterator[None]:
     if broken is not None:
         if directory is None:
             raise broken
-        raise ValueError(f"the sweep's jobs could not be begun: {_plainly(broken)}") from broken
+        raise ValueError(f"the sweep's jobs could not be begun: {plainly(broken)}") from broken
 
 
-def table(found: list[Job]) -> list[str]:
-    """Lines that show every job, by the overrides that are not those of all."""
+def table(found: list[Job], seen: Sequence[dict[str, str]] = ()) -> list[str]:
+    """Lines that show every job, by the overrides that are not those of all; `seen` has more of its columns."""
     common = _common(found)
-    names = {each.metric for each in found if each.tries} - {Metric.pc_success.value} or {"success"}
-    name = f"{names.pop():>7}"
-    lines = [f"| job | state       | tries |    step | {name} | overrides"]
-    for each in found:
-        step = "" if each.step is None else f"{each.step:,}"
-        row = f"| {each.number:3} | {each.state:11} | {each.tries:5} | {step:>7} | {_value(each):>{len(name)}}"
-        lines.append(f"{row} | {_own(each, common)}")
+    metrics = {each.metric for each in found if each.tries} - {Metric.pc_success.value} or {"success"}
+    score = metrics.pop()
+    rows = []
+    for each, more in zip(found, seen or [{}] * len(found), strict=True):
+        known = {
+            "job": f"{each.number}",
+            "state": each.state,
+            "tries": f"{each.tries}",
+            "step": "" if each.step is None else f"{each.step:,}",
+            score: _value(each),
+        }
+        rows.append({**known, **more, "overrides": _own(each, common)})
+    head = {key: key for row in rows for key in row}
+    width = {key: max(len(row[key]) for row in (head, *rows)) for key in head}
+    lines = []
+    for row in (head, *rows):
+        cells = (row[key].ljust(width[key]) if key in WORDS else row[key].rjust(width[key]) for key in head)
+        lines.append(f"| {' | '.join(cells)}".rstrip())
     return [*lines, *(f"job {each.number} failed: {each.error}" for each in found if each.error)]
 
 
@@ -277,18 +300,6 @@ def _common(found: list[Job]) -> set[str]:
 
 def _own(found: Job, common: set[str]) -> str:
     return " ".join(override for override in found.overrides if override not in common)
-
-
-def _plainly(error: RuntimeError) -> str:
-    """A launcher's error and what to do about it."""
-    said = " ".join(str(error).split())
-    if "srun" in said and "slurm cluster" in said:
-        return "there is no SLURM on this machine (no srun): leave out cluster= and hydra/launcher=, or log in to one"
-    if "sbatch" in said:
-        refused = [line.strip() for line in str(error).splitlines() if line.strip().startswith("sbatch: error:")]
-        reason = "; ".join(line.removeprefix("sbatch: error: ") for line in refused) or said
-        return f"SLURM refused them ({reason}): hydra.launcher.partition= and the like say what they ask for"
-    return said
 
 
 def _show_script(hydra_node: DictConfig, n_jobs: int) -> NoReturn:
@@ -352,6 +363,24 @@ def _identity(directory: Path) -> list[str] | None:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
     return overrides
+
+
+def _read(path: Path) -> Job | None:
+    """What a job's file says; None when there is none that can be read."""
+    try:
+        return Job(**json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _is_alive(job: Job, path: Path) -> bool:
+    """Whether the process that began `job`, as the file at `path` says, is at work."""
+    try:
+        lock = Path(job.output_dir) / LOCK  # touched every 30 s
+        touched = max(each.stat().st_mtime for each in (path, lock) if each.exists())
+        return Holder.read(job.holder).alive(time.time() - touched)
+    except (OSError, TypeError, ValueError):  # removed just now, or not written by this program
+        return False
 
 
 def _keep(directory: Path, found: Job) -> None:

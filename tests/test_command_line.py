@@ -31,6 +31,7 @@ QUICK = [
     ["mode=resume"],
     ["mode=eval", "checkpoint=nowhere"],
     ["print_lerobot_command=true"],
+    ["mode=status", "dir=nowhere"],
 ]
 
 

@@ -135,6 +135,19 @@ REFUSED = [
     ("dagger.rounds=2", "dagger.rounds=2", "mode=dagger"),
     ("mode=eval checkpoint=x dagger.labels=[x]", "dagger.labels=['x']", "mode=dagger"),
     ("dagger.labels=[x] print_lerobot_command=true", "dagger.labels=['x']", "leave them out"),
+    # mode=status
+    ("mode=status", "mode=status needs a folder", "give dir=DIR"),
+    ("mode=status dir=nowhere", "dir=nowhere holds neither a sweep", "give a folder such as multirun/DATE/TIME"),
+    ("mode=status dir=.", "dir=. holds neither a sweep", "outputs/act_pusht/train"),
+    ("mode=status dir=. status.every=-1", "status.every=-1", "give 0 or more"),
+    ("mode=status dir=. status.every=soon", "status.every=soon", "give a number"),
+    ("-m mode=status dir=.", "mode=status looks at one sweep or run", "leave -m out"),
+    *(
+        (f"mode=status dir=. {given}", f"{given} does nothing in mode=status", "leave it out")
+        for given in ("steps=3", "policy=act_small", "output_dir=x", "print_lerobot_command=True")
+    ),
+    ("dir=x", "dir=x is for mode=status", "leave it out"),
+    ("mode=eval checkpoint=x status.every=3", "status.every=3 is for mode=status", "leave it out"),
     # the new options of a run that cannot be stopped for good
     ("resume.auto=maybe", "resume.auto=maybe", "give true or false"),
     ("resume.auto=2", "resume.auto=2", "give true or false"),
