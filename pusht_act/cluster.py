@@ -1,6 +1,8 @@
 """A sweep's jobs on SLURM: the script they would be submitted by, waiting for all of them, what SLURM objects to."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,12 @@ def sbatch_script(hydra_node: DictConfig, n_jobs: int) -> str:
     options.pop("max_num_timeout")
     names = SlurmExecutor._equivalence_dict()
     parameters = {names.get(key, key): value for key, value in options.items() if value is not None}
-    parameters["job_name"] = parameters.pop("name", "submitit")
     if "mem" in parameters:
         parameters["mem"] = _convert_mem(parameters["mem"])
     if n_jobs > 1:
         parameters["map_count"] = n_jobs
-    executor = object.__new__(SlurmExecutor)
-    return str(_make_sbatch_string(command=executor._submitit_command_str, folder=folder, **parameters))
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return str(_make_sbatch_string(command=command, folder=folder, **parameters))
 
 
 def wait_for_all(hydra_node: DictConfig) -> None:

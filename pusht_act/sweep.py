@@ -27,7 +27,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pusht_act.cluster import plainly, sbatch_script, wait_for_all
 from pusht_act.config import Direction, Metric, Mode
@@ -87,13 +87,13 @@ class Recorder(Callback):  # type: ignore[misc]
     """Its Hydra configuration."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
-        task = list(config.hydra.overrides.task)
+        task, hydras = (_as_given(each) for each in (config.hydra.overrides.task, config.hydra.overrides.hydra))
         grid = _grid(config, task)
         if config.cluster.dry_run:
             _show_script(config.hydra, max(len(grid), 1))
         Recorder.directory = directory = Path(config.hydra.sweep.dir)
         Recorder.hydra_node = config.hydra
-        content = {"overrides": _recorded([*task, *config.hydra.overrides.hydra]), "jobs": grid}
+        content = {"overrides": _recorded([*task, *hydras]), "jobs": grid}
         if direction := OmegaConf.select(config, "hydra.sweeper.direction"):
             content["direction"] = direction.value
         if not (directory / IDENTITY).exists():
@@ -303,12 +303,18 @@ def _own(found: Job, common: set[str]) -> str:
 
 
 def _show_script(hydra_node: DictConfig, n_jobs: int) -> NoReturn:
-    """Leave at once: what a callback raises, Hydra makes a warning of."""
+    """Leave, whatever happens: what a callback raises Hydra makes a warning of, and would submit the jobs."""
     try:
         print(sbatch_script(hydra_node, n_jobs))
-    except ValueError as error:
+    except Exception as error:
         sys.exit(f"pusht-act: {error}")
     sys.exit()
+
+
+def _as_given(overrides: ListConfig) -> list[str]:
+    """Not as OmegaConf reads them out, with the values of their `${...}` in place."""
+    given: list[str] = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
+    return given
 
 
 def _recorded(overrides: Sequence[str]) -> list[str]:
