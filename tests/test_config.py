@@ -142,7 +142,8 @@ def test_every_combination_of_groups_composes() -> None:
     groups = ("mode", "policy", "env", "dataset", "logging")
     for combination in itertools.product(*map(choices, groups)):
         overrides = [f"{group}={choice}" for group, choice in zip(groups, combination, strict=True)]
-        config = config_from(compose(*overrides, "checkpoint=" + ("x" if "mode=eval" in overrides else "null")))
+        named = ["checkpoint=x"] if "mode=eval" in overrides else ["dir=x"] if "mode=status" in overrides else []
+        config = config_from(compose(*overrides, *named))
         assert config.mode.value == combination[0]
         assert config.wandb.enable == (combination[4] == "wandb")
 
