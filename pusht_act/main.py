@@ -130,7 +130,7 @@ def _lead() -> None:
 def _leave(code: int) -> NoReturn:
     """Without waiting for threads, or the seconds that taking torch apart takes."""
     logging.shutdown()
-    if "torch" not in sys.modules:  # such as with joblib, whose workers are to be dismissed
+    if "joblib" in sys.modules:  # its workers are dismissed as Python ends
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()
