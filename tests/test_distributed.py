@@ -30,7 +30,7 @@ from tests.test_train import act, assert_same_bits, metrics
 
 Tiny = Callable[..., Result]
 WITHOUT_NOISE = ["+policy.dropout=0.0", "+policy.use_vae=false"]
-OPTIONS = ["batch_size=6", "steps=60", "save_freq=20", "eval_freq=20"]
+OPTIONS = ["batch_size=6", "steps=200", "save_freq=40", "eval_freq=40"]
 """With dropout and the VAE's noise, of which each process has its own."""
 
 
@@ -106,17 +106,17 @@ def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_s
     state = json.loads((run / "checkpoints/last/training_state/pusht_act.json").read_text())
     assert f"stopped by SIGTERM after step {state['step']}, saved" in printed[0].splitlines()[-1]
     assert printed[1] == ""
-    assert 5 <= state["step"] < 20
+    assert 5 <= state["step"] < 40
 
-    for killed, at, saved in ((1, 25, "000020"), (0, 45, "000040")):
+    for killed, saved in ((1, 40), (0, 120)):
         began = time.monotonic()
-        codes, printed = Job(commands, tmp_path, *command).sent(signal.SIGKILL, killed, f"step {at}/")
+        codes, printed = Job(commands, tmp_path, *command).sent(signal.SIGKILL, killed, f"step {saved}: saved")
         assert time.monotonic() - began < 60, "at once, and not when a time-out is over"
         assert codes == ([1, -9] if killed else [-9, 1]), printed
         last = printed[1 - killed].splitlines()[-1]
         assert f"process {1 - killed} of 2 has lost another one" in last
         assert "resume.auto=true" in last
-        assert (run / "checkpoints/last").resolve().name == saved
+        assert saved <= int((run / "checkpoints/last").resolve().name) < 200
         if killed == 1:
             assert last.partition("ERROR")[2] in (run / "train.log").read_text()
             assert not list(run.glob("checkpoints/.*")), "nothing half-written"
@@ -138,7 +138,7 @@ def test_one_process_goes_on_with_the_data_and_says_what_is_not_exact(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     branch = tmp_path / "branch"
-    pusht_act.run(["mode=resume", f"resume.path={whole}/checkpoints/000040", "steps=60", f"output_dir={branch}"])
+    pusht_act.run(["mode=resume", f"resume.path={whole}/checkpoints/000040", "steps=200", f"output_dir={branch}"])
     assert "processes: 1, the checkpoint's were 2: the data order goes on where it was, dropout and VAE" in caplog.text
     states = [
         json.loads((run / "checkpoints/last/training_state/pusht_act.json").read_text()) for run in (whole, branch)

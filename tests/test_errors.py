@@ -40,7 +40,7 @@ REFUSED = [
     ("policy.path=x", "policy.path", "checkpoint (mode=eval)", "resume.path (mode=resume)"),
     # groups
     ("policy=act_smal", "policy=act_smal", "did you mean policy=act_small?"),
-    ("mode=train", "mode=train", "full, resume, test"),
+    ("mode=train", "mode=train", "full, resume, status, test"),
     ("polic=act", "polic", "did you mean policy?"),
     ("+policy=act_small", "+policy", "leave the + out"),
     ("policy=3", "a group", "policy=act"),

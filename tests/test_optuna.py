@@ -65,6 +65,7 @@ def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tm
     pid = commands.start([*command, f"hydra.sweep.dir={cut}"], output)
     appears(output, "#3 :")
     appears(cut / "3" / "metrics.jsonl", '"step": 4,')
+    os.kill(pid, signal.SIGSTOP)  # or it would be done before the other has been refused
     refused = tmp_path / "refused"
     assert commands.run(["-m", f"sweep.resume={cut}"], refused) == 1
     assert refused.read_text().startswith(f"pusht-act: hydra.sweep.dir={cut} is being written by process {pid} on ")
