@@ -118,10 +118,11 @@ def launcher_seconds(slurm: Slurm, folder: Path, command: list[str]) -> dict[str
     sweep = [f"hydra.sweep.dir={folder / 'single'}", *cluster()]
     for way, arguments, run in (
         ("alone", [f"output_dir={folder / 'first'}"], folder / "first"),
-        ("SLURM", ["-m", *sweep], folder / "single" / "0"),
+        ("SLURM", sweep, folder / "single" / "0"),
     ):
         began = time.monotonic()
-        words = [sys.executable, "-m", "pusht_act", *command, "steps=2", *arguments]
+        multirun = ["-m"] if way == "SLURM" else []
+        words = [sys.executable, "-m", "pusht_act", *multirun, *command, "steps=2", *arguments]
         with (folder / "printed").open("w") as printed:
             process = subprocess.Popen(words, env=slurm.environment, stdout=printed, stderr=printed)
         while not progress_of(run):
