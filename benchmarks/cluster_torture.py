@@ -11,6 +11,7 @@ step. Prints tables and writes them as JSON.
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -58,12 +59,13 @@ class Sweep:
     slurm: Slurm
     folder: Path
     preemptions: int
-    """Still to come."""
+    """To come to, at least."""
     chance: random.Random
     under_way: dict[int, Preemption] = field(default_factory=dict)
     tries: dict[int, int] = field(default_factory=dict)
     due: dict[int, float] = field(default_factory=dict)
     done: list[Preemption] = field(default_factory=list)
+    ordered: int = 0
 
     def watch(self, job: int) -> None:
         """Note what became of `job`, and preempt it if it is time."""
@@ -79,7 +81,7 @@ class Sweep:
             if preemption.save_s is None and last_step(run) > preemption.saved:
                 preemption.save_s = now - preemption.at
         elif (
-            state == "running" and self.preemptions and progress_of(run) > last_step(run)
+            state == "running" and len(self.done) < self.preemptions and progress_of(run) > last_step(run)
             and self.due.setdefault(job, now + self.chance.uniform(0, LONGEST)) <= now
         ):  # fmt: skip
             self._preempt(job, run, tries)
@@ -92,8 +94,8 @@ class Sweep:
         return content["state"], content["tries"]
 
     def _preempt(self, job: int, run: Path, tries: int) -> None:
-        way = WAYS[self.preemptions % len(WAYS)]
-        self.preemptions -= 1
+        way = WAYS[self.ordered % len(WAYS)]
+        self.ordered += 1
         del self.due[job]
         (script,) = (self.folder / ".submitit").rglob("*_submission.sh")
         name = f"{script.name.partition('_')[0]}_{job}"
@@ -160,12 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preemptions", type=int, default=50)
     parser.add_argument("--jobs", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/cluster_torture.json"))
     args = parser.parse_args()
     if (reason := missing()) is not None:
         sys.exit(reason)
+    os.environ["OMP_NUM_THREADS"] = "1"  # four jobs on two cores would wait for each other's threads
     found = record(args)
     command = [*RUN, f"steps={args.steps}"]
     with tempfile.TemporaryDirectory() as temporary, Slurm(Path(temporary) / "slurm") as slurm:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 # (OMP_WAIT_POLICY=PASSIVE) made it 80 ms in place of 30 on an idle machine: there are a thousand short kernels.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Where SLURM does not bind a task to its cores, torch would take all of the node's.
+if "SLURM_CPUS_PER_TASK" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", os.environ["SLURM_CPUS_PER_TASK"])
 # pygame 2.6, under gym-pusht, imports pkg_resources, which warns at every start of ours and of every worker.
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
 

@@ -202,3 +202,14 @@ def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
     rest = process.stderr.read()
     assert process.wait(60) == 130
     assert "Traceback" not in rest
+
+
+@pytest.mark.parametrize(("given", "threads"), [({}, "3"), ({"OMP_NUM_THREADS": "2"}, "2")])
+def test_a_slurm_task_has_a_thread_for_each_core_it_was_given(given: dict[str, str], threads: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    code = "import os, pusht_act; print(os.environ['OMP_NUM_THREADS'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"SLURM_CPUS_PER_TASK": "3"} | given,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == f"{threads}\n"
