@@ -115,11 +115,6 @@ class Slurm:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}{self._log()}")
         return done.stdout
 
-    def states(self) -> dict[str, str]:
-        """Of every job, by its id, `ARRAY_TASK` in an array."""
-        lines = self.run("squeue", "-h", "-t", "all", "-r", "--format=%i %T").splitlines()
-        return dict(line.split() for line in lines)
-
     def _wait_until(self, holds: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
         until = time.monotonic() + seconds
         while not holds():

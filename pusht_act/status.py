@@ -28,6 +28,7 @@ from pusht_act import sweep
 from pusht_act.lock import held_by
 from pusht_act.run_dir import Checkpoint, RunDir
 from pusht_act.sweep import IDENTITY, Job
+from pusht_act.sweep_table import table
 
 OF_A_RUN = ("config.yaml", "lock", "metrics.jsonl", "checkpoints")
 """A folder with one of these is a run's."""
@@ -124,7 +125,7 @@ def drawn(found: list[Job], most: int | None = None) -> list[str]:
 
 
 def _table(found: list[Job]) -> list[str]:
-    return [] if not found else sweep.table(found, [_columns(each, progress(Path(each.output_dir))) for each in found])
+    return [] if not found else table(found, [_columns(each, progress(Path(each.output_dir))) for each in found])
 
 
 def _columns(job: Job, come: Progress) -> dict[str, str]:

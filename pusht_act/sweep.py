@@ -30,11 +30,12 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pusht_act.cluster import plainly, sbatch_script, wait_for_all
-from pusht_act.config import Direction, Metric, Mode
+from pusht_act.config import Metric, Mode
 from pusht_act.lock import NAME as LOCK
 from pusht_act.lock import Holder
 from pusht_act.side_by_side import divide, settle
 from pusht_act.signals import check
+from pusht_act.sweep_table import best, table
 
 if TYPE_CHECKING:
     from pusht_act.job import Result
@@ -49,9 +50,6 @@ FREE = (
 """Overrides that a sweep may go on with other values of: where and how often its jobs run, not what they come to."""
 FINISHED = ("done", "pruned")
 """States of a job that is left alone."""
-
-WORDS = ("state", "host", "overrides")
-"""Columns of the table that hold no numbers."""
 
 
 @dataclass
@@ -138,11 +136,9 @@ def arguments(argv: Sequence[str]) -> list[str]:
     if multirun and (folder := given.get("hydra.sweep.dir")) and (began := _identity(Path(folder))) is not None:
         was, now = _of_the_sweep(began), _of_the_sweep(_recorded(argv))
         if now != was:
-            lost, new = (" ".join(each for each in a if each not in b) for a, b in ((was, now), (now, was)))
-            differing = f"was {lost or 'without that'}, now {new or 'without that'}" if lost or new else "in order"
             raise ValueError(
-                f"hydra.sweep.dir={folder} holds another sweep ({differing}): give the same overrides to go on with "
-                "it, or another hydra.sweep.dir="
+                f"hydra.sweep.dir={folder} holds another sweep ({_difference(was, now)}): give the same overrides to "
+                "go on with it, or another hydra.sweep.dir="
             )
     return list(argv)
 
@@ -239,7 +235,7 @@ def reported() -> Iterator[None]:
         if directory is not None and (directory / "jobs").is_dir():
             found = jobs(directory)
             undone = [each for each in found if each.state not in FINISHED]
-            print(*table(found), *best(directory, found), sep="\n", flush=True)
+            print(*table(found), *best(_direction(directory), found), sep="\n", flush=True)
             if undone:
                 print(f"to go on: pusht-act -m sweep.resume={directory}", flush=True)
     if undone:
@@ -249,57 +245,6 @@ def reported() -> Iterator[None]:
         if directory is None:
             raise broken
         raise ValueError(f"the sweep's jobs could not be begun: {plainly(broken)}") from broken
-
-
-def table(found: list[Job], seen: Sequence[dict[str, str]] = ()) -> list[str]:
-    """Lines that show every job, by the overrides that are not those of all; `seen` has more of its columns."""
-    common = _common(found)
-    metrics = {each.metric for each in found if each.tries} - {Metric.pc_success.value} or {"success"}
-    score = metrics.pop()
-    rows = []
-    for each, more in zip(found, seen or [{}] * len(found), strict=True):
-        known = {
-            "job": f"{each.number}",
-            "state": each.state,
-            "tries": f"{each.tries}",
-            "step": "" if each.step is None else f"{each.step:,}",
-            score: _value(each),
-        }
-        rows.append({**known, **more, "overrides": _own(each, common)})
-    head = {key: key for row in rows for key in row}
-    width = {key: max(len(row[key]) for row in (head, *rows)) for key in head}
-    lines = []
-    for row in (head, *rows):
-        cells = (row[key].ljust(width[key]) if key in WORDS else row[key].rjust(width[key]) for key in head)
-        lines.append(f"| {' | '.join(cells)}".rstrip())
-    return [*lines, *(f"job {each.number} failed: {each.error}" for each in found if each.error)]
-
-
-def best(directory: Path, found: list[Job]) -> list[str]:
-    """Of a sweep that seeks one, a line with the best job of those that were not pruned; the first of several."""
-    direction = json.loads((directory / IDENTITY).read_text()).get("direction")
-    done = [each for each in found if each.state == "done" and each.objective is not None]
-    if direction is None or not done:
-        return []
-    sign = 1 if direction == Direction.maximize.value else -1
-    first = max(done, key=lambda each: sign * (each.objective or 0.0))
-    return [f"best: job {first.number}, {first.metric} {_value(first)}, {_own(first, _common(found))}"]
-
-
-def _value(found: Job) -> str:
-    if found.objective is None:
-        return ""
-    return f"{found.objective:.1f} %" if found.metric == Metric.pc_success.value else f"{found.objective:.4g}"
-
-
-def _common(found: list[Job]) -> set[str]:
-    """The overrides of all jobs whose overrides are known, if there are several."""
-    known = [set(each.overrides) for each in found if each.overrides]
-    return set.intersection(*known) if len(known) > 1 else set()
-
-
-def _own(found: Job, common: set[str]) -> str:
-    return " ".join(override for override in found.overrides if override not in common)
 
 
 def _show_script(hydra_node: DictConfig, n_jobs: int) -> NoReturn:
@@ -348,11 +293,20 @@ def _check_same(directory: Path, number: int, overrides: list[str]) -> None:
     grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
     was, now = _of_the_sweep(grid[number] if number < len(grid) else []), _of_the_sweep(overrides)
     if was and was != now:
-        lost, new = (" ".join(each for each in a if each not in b) for a, b in ((was, now), (now, was)))
         raise ValueError(
-            f"job {number} of the sweep in {directory} was {lost or 'without that'}, now {new or 'without that'}: "
-            "conf/ has changed since; begin another sweep"
+            f"job {number} of the sweep in {directory} {_difference(was, now)}: conf/ has changed since; begin another "
+            "sweep"
         )
+
+
+def _difference(was: list[str], now: list[str]) -> str:
+    lost, new = (" ".join(each for each in a if each not in b) for a, b in ((was, now), (now, was)))
+    return f"was {lost or 'without that'}, now {new or 'without that'}" if lost or new else "in order"
+
+
+def _direction(directory: Path) -> str | None:
+    direction: str | None = json.loads((directory / IDENTITY).read_text()).get("direction")
+    return direction
 
 
 def _metric(node: Any) -> str:

@@ -23,6 +23,7 @@ from pusht_act.main import CONFIG_DIR
 from pusht_act.optuna_sweeper import search_space
 from pusht_act.pruning import Reporter, reporter
 from pusht_act.sweep import Job, jobs
+from pusht_act.sweep_table import best
 from tests.conftest import tiny_command
 from tests.test_sweep import ran, states
 
@@ -295,6 +296,6 @@ def test_the_best_is_by_the_direction(tmp_path: Path) -> None:
         (Direction.minimize, "job 0, pc_success 20.0 %"),
     ):
         (tmp_path / "sweep.json").write_text(json.dumps({"direction": direction.value}))
-        assert sweep.best(tmp_path, found) == [f"best: {line}, seed={line[4]}"]
+        assert best(sweep._direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
     (tmp_path / "sweep.json").write_text("{}")
-    assert sweep.best(tmp_path, found) == [], "of a grid none is sought"
+    assert best(sweep._direction(tmp_path), found) == [], "of a grid none is sought"

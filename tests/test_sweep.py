@@ -18,6 +18,7 @@ from pusht_act import sweep
 from pusht_act.lock import Holder
 from pusht_act.main import CONFIG_DIR
 from pusht_act.sweep import Job, arguments, jobs
+from pusht_act.sweep_table import table
 from tests.conftest import tiny_command
 from tests.test_evaluations import outcome
 from tests.test_train import assert_same_bits
@@ -99,7 +100,7 @@ def test_a_job_whose_process_is_gone_was_interrupted(begun: Path) -> None:
     assert [each.state for each in jobs(begun)] == ["interrupted", "running"]
     (begun / "jobs" / "1.json").unlink()
     assert [each.state for each in jobs(begun)] == ["interrupted", "waiting"]
-    assert [line.split("|")[-1].strip() for line in sweep.table(jobs(begun))][1:] == ["seed=1", "mode=test seed=2"]
+    assert [line.split("|")[-1].strip() for line in table(jobs(begun))][1:] == ["seed=1", "mode=test seed=2"]
 
 
 def ran(run: Path) -> int:
