@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FREE_IN_DAGGER = (
     *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "wandb.", "checkpoints.", "train.profile"),
     *("eval.n_videos", "eval.workers", "eval.background", "dagger.rounds", "dagger.workers"),
-    *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume.", "sweep."),
+    *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume.", "sweep.", "cluster."),
 )
 """Keys that a mode=dagger may go on with another value of: none decides what a round comes to."""
 FREE = (*FREE_IN_DAGGER, "mode", "steps")

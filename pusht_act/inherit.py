@@ -4,22 +4,24 @@ Works on plain files, without torch or lerobot, for checkpoints of ours and of s
 """
 
 import json
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
+from pusht_act.config import Config
 from pusht_act.run_dir import OURS, Checkpoint
 
 OF_THE_COMMAND = {
     *("mode", "steps", "output_dir", "overwrite", "print_lerobot_command", "checkpoint", "dir", "resume", "sweep"),
-    "status",
+    *("cluster", "status"),
 }
 """Root keys of a resumed run that the present command decides; all others are the checkpoint's."""
 OF_AN_EVALUATED_POLICY = {"policy", "env", "job_name"}
 """Root keys that mode=eval takes from the checkpoint; all others are the present command's."""
-OUR_SECTIONS = {"checkpoints", "train", "eval", "wandb", "demos", "dagger", "sweep", "status"}
+OUR_SECTIONS = {field.name for field in fields(Config) if is_dataclass(field.type)}
 """Typed by config.py; the others are LeRobot's, whose defaults are its own."""
 FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
 STOCK_ROOT = {

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 import pusht_act
 from benchmarks.forked import Commands, appears
 from pusht_act import evaluations
+from pusht_act.checked import config_from
+from pusht_act.going_on import FREE, _differences
 from pusht_act.job import Result
 from pusht_act.run_dir import CONFIG_PART
 from tests.conftest import TINY, tiny_command
@@ -82,6 +85,15 @@ def test_a_finished_run_is_left_as_it_is(copy: Path, caplog: pytest.LogCaptureFi
     assert result.metrics["loss"] == metrics(copy)[-1]["train/loss"]
     assert again(copy, "steps=3").step == 4
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copy.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("section", ["cluster", "status", "train"])
+def test_a_section_younger_than_the_run_makes_no_difference(section: str, finished: Path) -> None:
+    """Its defaults are what was done before."""
+    begun = json.loads((finished / "checkpoints/last/pretrained_model/pusht_act.json").read_text())["config"]
+    config = config_from(OmegaConf.create(begun))
+    assert begun.pop(section)
+    assert list(_differences(begun, config, FREE)) == []
 
 
 @pytest.mark.parametrize(
