@@ -54,7 +54,7 @@ class Commands:
         self._server.communicate()
 
 
-def appears(path: Path, text: str, seconds: float = 60) -> None:
+def appears(path: Path, text: str, seconds: float = 300) -> None:
     """Wait until `text` is in the file at `path`.
 
     Raises:

@@ -115,7 +115,7 @@ class Slurm:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}{self._log()}")
         return done.stdout
 
-    def _wait_until(self, holds: Callable[[], bool], otherwise: str, seconds: float = 60) -> None:
+    def _wait_until(self, holds: Callable[[], bool], otherwise: str, seconds: float = 300) -> None:
         until = time.monotonic() + seconds
         while not holds():
             if time.monotonic() > until:

@@ -34,11 +34,17 @@ class Launcher:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True,
             )  # fmt: skip
 
-    def both_under_way(self, *numbers: int) -> list[Job]:
-        """Those jobs, in their training loop."""
+    def halted(self, *numbers: int) -> list[Job]:
+        """Those jobs, each halted early in its training loop, however far apart they came to it."""
         for number in numbers:
-            appears(self.folder / str(number) / "metrics.jsonl", '"step": 2,', seconds=120)
+            appears(self.folder / str(number) / "metrics.jsonl", '"step": 2,', seconds=240)
+            os.kill(jobs(self.folder)[number].holder["pid"], signal.SIGSTOP)
         return [job for job in jobs(self.folder) if job.state == "running"]
+
+    @staticmethod
+    def let_go(halted: list[Job]) -> None:
+        for job in halted:
+            os.kill(job.holder["pid"], signal.SIGCONT)
 
     def ended(self, by: signal.Signals) -> int:
         """Its exit code after this signal."""
@@ -46,8 +52,8 @@ class Launcher:
         return self.process.wait(120)
 
     def left_behind(self) -> list[str]:
-        """Processes of its session, waited for to end for a minute."""
-        deadline = time.monotonic() + 60
+        """Processes of its session, waited for to end, for five minutes at most."""
+        deadline = time.monotonic() + 300
         while (alive := list(self._session())) and time.monotonic() < deadline:
             time.sleep(0.1)
         return alive
@@ -87,11 +93,12 @@ def mapped(job: Job) -> dict[str, tuple[str, int, int]]:
 
 def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    command = tiny_command("steps=2500", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
+    command = tiny_command("steps=1500", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
     with Launcher(folder, *command, f"hydra.sweep.dir={folder}") as launcher:
-        under_way = launcher.both_under_way(2, 3)
+        under_way = launcher.halted(2, 3)
         maps = [mapped(job) for job in under_way]
         assert launcher.ended(signal.SIGKILL) == -signal.SIGKILL
+        launcher.let_go(under_way)
         assert launcher.left_behind() == []
     assert [job.number for job in under_way] == [2, 3]
     assert under_way[0].holder["pid"] != under_way[1].holder["pid"]
@@ -118,14 +125,14 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
     assert states(printed) == [["0", "failed", "2"], ["1", "failed", "2"], ["2", "done", "2"], ["3", "done", "2"]]
     assert len(re.findall(r"job [23]: going on from \S+/checkpoints/00\d{4}", printed)) == 2
     assert "pusht-act: 2 of 4 jobs are not done (job 0: policy.dim_model=32 is not a multiple" in printed
-    assert [job.step for job in jobs(folder)] == [None, None, 2500, 2500]
+    assert [job.step for job in jobs(folder)] == [None, None, 1500, 1500]
 
 
 def test_a_signal_to_the_launcher_stops_its_jobs(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = tiny_command("steps=1000000", "log_freq=2", "seed=1,2,3", *JOBLIB)
     with Launcher(folder, *command, f"hydra.sweep.dir={folder}") as launcher:
-        launcher.both_under_way(0, 1)
+        launcher.let_go(launcher.halted(0, 1))
         assert launcher.ended(signal.SIGTERM) == 143
         assert launcher.left_behind() == []
     printed = launcher.output.read_text()

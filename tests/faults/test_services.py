@@ -22,6 +22,8 @@ from tests.test_metrics import config, forget_settings, history, lines, nobody
 __all__ = ["nobody"]
 
 STEPS = 200
+HOLD_S, NOT_HELD_S = 600.0, 200.0
+"""For how long a hanging server holds a request, and what is surely less, on a machine with ten times its load too."""
 BUCKET = {
     "id": "b", "name": "RUN", "displayName": "d", "description": "", "config": "{}", "sweepName": None,
     "historyLineCount": 0, "project": {"id": "p", "name": "lerobot_pusht", "entity": {"id": "e", "name": "me"}},
@@ -45,7 +47,7 @@ class Server(http.server.ThreadingHTTPServer):
             said = self.rfile.read(int(self.headers.get("content-length", 0)))
             broken = self.server.broken  # type: ignore[attr-defined]
             if broken == "hangs":
-                self.server.closing.wait(60)  # type: ignore[attr-defined]
+                self.server.closing.wait(HOLD_S)  # type: ignore[attr-defined]
                 return
             asked = json.loads(said).get("variables", {}) if self.path == "/graphql" else {}
             body = json.dumps(ANSWER).replace("RUN", asked.get("name") or "").encode()
@@ -92,9 +94,9 @@ def test_a_server_that_breaks_amid_a_run_does_not_hold_it_up(
         began = time.perf_counter()
         for step in range(2, STEPS + 1):
             metrics.log("train", {"loss": 0.5}, step)
-        assert time.perf_counter() - began < 30  # a hanging server holds each request for 60
+        assert time.perf_counter() - began < NOT_HELD_S
         began = time.perf_counter()
-    assert time.perf_counter() - began < 40
+    assert time.perf_counter() - began < NOT_HELD_S
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     (file,) = (tmp_path / "wandb").glob("run-*/*.wandb")
     assert f"what it did not get is in {file.parent} (`wandb sync` sends that), metrics.jsonl has all" in warning
@@ -127,8 +129,8 @@ def test_its_own_process_killed_does_not_hold_a_run_up(tmp_path: Path, server: S
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr
     logging_s, finishing_s = map(float, done.stdout.split()[-2:])
-    assert logging_s < 5
-    assert finishing_s < 15
+    assert logging_s < NOT_HELD_S
+    assert finishing_s < NOT_HELD_S
     (file,) = (tmp_path / "wandb").glob("run-*/*.wandb")
     assert done.stderr.count(f"what it did not get is in {file.parent} (`wandb sync` sends that)") == 1
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(1, STEPS + 1))
@@ -144,7 +146,7 @@ def test_a_server_that_is_broken_from_the_start_puts_the_run_offline(
     began = time.perf_counter()
     with caplog.at_level("INFO"), Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
-    assert time.perf_counter() - began < 30
+    assert time.perf_counter() - began < NOT_HELD_S
     assert f"{reason}, so the run is kept here" in caplog.text
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert [row["step"] for row in history(file)] == [1]

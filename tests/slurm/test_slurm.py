@@ -23,7 +23,7 @@ from tests.test_train import assert_same_bits
 
 pytestmark = [
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1500),  # on a loaded machine; alone three minutes
 ]
 STEPS = 1000
 RUN = tiny_command(f"steps={STEPS}", "save_freq=100", "eval_freq=500", "eval.background=false", "log_freq=100")
@@ -57,7 +57,7 @@ def begin(slurm: Slurm, tmp_path: Path) -> Iterator[Callable[..., subprocess.Pop
     slurm.run("scancel", "-u", "root")
 
 
-def until(holds: Callable[[], object], what: str, tmp_path: Path, seconds: float = 200) -> None:
+def until(holds: Callable[[], object], what: str, tmp_path: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:
@@ -107,7 +107,7 @@ def test_an_array_survives_what_befalls_its_jobs(
             time.sleep(0.02)
         else:
             befalls.pop(number)(f"{array(sweep)}_{number}")
-    assert launcher.wait(200) == 1, printed.read_text()
+    assert launcher.wait(900) == 1, printed.read_text()
     assert states(printed.read_text()) == [
         ["0", "done", "2"], ["1", "done", "2"], ["2", "interrupted", "1"], ["3", "interrupted", "1"],
     ]  # fmt: skip
@@ -115,7 +115,7 @@ def test_an_array_survives_what_befalls_its_jobs(
     assert f"to go on: pusht-act -m sweep.resume={sweep}" in printed.read_text()
     assert "#SBATCH --array=0-3%4" in next((sweep / ".submitit").rglob("*_submission.sh")).read_text()
 
-    assert begin("-m", f"sweep.resume={sweep}").wait(200) == 0, printed.read_text()
+    assert begin("-m", f"sweep.resume={sweep}").wait(900) == 0, printed.read_text()
     assert states(printed.read_text()) == [
         ["0", "done", "2"], ["1", "done", "2"], ["2", "done", "2"], ["3", "done", "2"],
     ]  # fmt: skip
@@ -137,7 +137,7 @@ def test_a_job_that_another_partition_preempts_goes_on_without_its_launcher(
     # The launcher's death is nothing to the job: another one finds it at work, or done.
     until(lambda: jobs(sweep)[0].tries == 2, "not queued again", tmp_path)
     until(lambda: jobs(sweep)[0].state == "done", "not done", tmp_path)
-    assert begin("-m", f"sweep.resume={sweep}").wait(200) == 0, printed.read_text()
+    assert begin("-m", f"sweep.resume={sweep}").wait(900) == 0, printed.read_text()
     assert states(printed.read_text()) == [["0", "done", "2"]]
     same_as_undisturbed(commands, sweep, 0, 7, tmp_path)
 
@@ -147,7 +147,7 @@ def test_what_slurm_refuses_is_one_line(
 ) -> None:
     printed = tmp_path / "printed"
     command = ["-m", *RUN, "seed=1,2", "cluster=slurm", *ASKED_FOR, f"hydra.sweep.dir={tmp_path / 'sweep'}"]
-    assert begin(*command, "hydra.launcher.partition=nowhere").wait(100) == 1
+    assert begin(*command, "hydra.launcher.partition=nowhere").wait(300) == 1
     assert re.search(r"pusht-act: .*invalid partition specified: nowhere.*partition=", printed.read_text())
     assert "Traceback" not in printed.read_text()
 
@@ -156,7 +156,7 @@ def test_what_slurm_refuses_is_one_line(
     for name in ("git", "hostname"):
         (elsewhere / name).symlink_to(str(shutil.which(name)))
     monkeypatch.setitem(slurm.environment, "PATH", str(elsewhere))
-    assert begin(*command).wait(100) == 1
+    assert begin(*command).wait(300) == 1
     assert "pusht-act: the sweep's jobs could not be begun: there is no SLURM on this machine" in printed.read_text()
     assert "Traceback" not in printed.read_text()
 
@@ -167,7 +167,7 @@ def test_the_script_shown_is_the_one_submitted(
     sweep, printed = tmp_path / "sweep", tmp_path / "printed"
     command = ["-m", *RUN, "steps=2", "seed=1,2", "cluster=slurm", *ASKED_FOR, f"hydra.sweep.dir={sweep}"]
     command += ["hydra.launcher.setup=['export GREETING=hello']", "hydra.launcher.array_parallelism=1"]
-    assert begin(*command, "cluster.dry_run=true").wait(100) == 0
+    assert begin(*command, "cluster.dry_run=true").wait(300) == 0
     shown = printed.read_text()
     assert not sweep.exists()
     launcher = begin(*command)
