@@ -93,7 +93,7 @@ def mapped(job: Job) -> dict[str, tuple[str, int, int]]:
 
 def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    command = tiny_command("steps=1500", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
+    command = tiny_command("steps=500", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
     with Launcher(folder, *command, f"hydra.sweep.dir={folder}") as launcher:
         under_way = launcher.halted(2, 3)
         maps = [mapped(job) for job in under_way]
@@ -123,9 +123,9 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
         assert again.left_behind() == []
     printed = again.output.read_text()
     assert states(printed) == [["0", "failed", "2"], ["1", "failed", "2"], ["2", "done", "2"], ["3", "done", "2"]]
-    assert len(re.findall(r"job [23]: going on from \S+/checkpoints/00\d{4}", printed)) == 2
+    assert len(re.findall(r"job [23]: going on from \S+/checkpoints/000\d{3}", printed)) == 2
     assert "pusht-act: 2 of 4 jobs are not done (job 0: policy.dim_model=32 is not a multiple" in printed
-    assert [job.step for job in jobs(folder)] == [None, None, 1500, 1500]
+    assert [job.step for job in jobs(folder)] == [None, None, 500, 500]
 
 
 def test_a_signal_to_the_launcher_stops_its_jobs(tmp_path: Path) -> None:
