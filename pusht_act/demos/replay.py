@@ -10,6 +10,7 @@ import gym_pusht  # noqa: F401  (registers the environment)
 import gymnasium
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Shaped, UInt8
+from pymunk._chipmunk_cffi import lib as chipmunk
 
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
@@ -174,15 +175,18 @@ def count_no_contacts(env: Any) -> None:
 
 
 def advance(env: Any, x: float, y: float) -> None:
-    """The physics of PushTEnv.step, in its order of operations but on plain floats: the same states bit by bit."""
-    agent, step, dt, k_p, k_v = env.agent, env.space.step, env.dt, env.k_p, env.k_v
-    vx, vy = agent.velocity
+    """The physics of PushTEnv.step, in its order of operations but on plain floats: the same states bit by bit.
+
+    pymunk's properties and its `Space.step` would take as long again as what they wrap.
+    """
+    body, space, dt, k_p, k_v = env.agent._body, env.space._space, env.dt, env.k_p, env.k_v
+    vx, vy = env.agent.velocity
     for _ in range(int(1 / (dt * env.control_hz))):
-        px, py = agent.position
-        vx += (k_p * (x - px) + k_v * (0 - vx)) * dt
-        vy += (k_p * (y - py) + k_v * (0 - vy)) * dt
-        agent.velocity = (vx, vy)
-        step(dt)
+        at = chipmunk.cpBodyGetPosition(body)
+        vx += (k_p * (x - at.x) + k_v * (0 - vx)) * dt
+        vy += (k_p * (y - at.y) + k_v * (0 - vy)) * dt
+        chipmunk.cpBodySetVelocity(body, (vx, vy))
+        chipmunk.cpSpaceStep(space, dt)
 
 
 def picture(env: Any) -> UInt8[np.ndarray, "96 96 3"]:
@@ -193,7 +197,7 @@ def picture(env: Any) -> UInt8[np.ndarray, "96 96 3"]:
 def frame(env: Any) -> UInt8[np.ndarray, "H W 3"]:
     """PushTEnv.render, the same bytes in half the time; a cross marks the last action."""
     width, height = env.visualization_width, env.visualization_height
-    pixels = np.ascontiguousarray(_pixels(env, width, height))
+    pixels = _pixels(env, width, height)
     if env._last_action is not None:
         at, size = (np.array(env._last_action) / 512 * [height, width]).astype(np.int32), min(width, height)
         cross = {"markerType": cv2.MARKER_CROSS, "markerSize": int(8 / 96 * size), "thickness": int(size / 96)}
@@ -206,8 +210,10 @@ def _pixels(env: Any, width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:
     screen = env._draw()
     pixels = np.frombuffer(screen.get_buffer(), np.uint8).reshape(screen.get_height(), -1, screen.get_bytesize())
     small = cv2.resize(pixels, (width, height))
+    picked = np.empty((height, width, 3), np.uint8)
     red, green, blue = (shift // 8 for shift in screen.get_shifts()[:3])
-    return small[..., [red, green, blue]].astype(np.uint8, copy=False)
+    cv2.mixChannels([small], [picked], [red, 0, green, 1, blue, 2])
+    return picked
 
 
 def _keypoints(env: Any, poses: Float64[np.ndarray, "T 5"]) -> Float64[np.ndarray, "T 16"]:
