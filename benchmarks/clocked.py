@@ -79,7 +79,7 @@ def main() -> None:
     if options.get("episodes"):
         _repeat_data(options["episodes"])
     if options.get("timed"):
-        _time_evaluation(program, Path(options["report"]), options["videos"])
+        _time_evaluation(Path(options["report"]), options["videos"])
     script = Path(sys.executable).with_name(OURS if program in LOOPS else program)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
@@ -181,26 +181,21 @@ def _repeat_data(episodes: int) -> None:
     pusht_act.train.open_dataset = repeated
 
 
-def _time_evaluation(program: str, report: Path, videos: bool) -> None:
-    """Seconds of the evaluation alone, its videos included: without imports and the loading of the policy."""
-    import importlib
+def _time_evaluation(report: Path, videos: bool) -> None:
+    """Seconds of stock's evaluation alone, its videos included: without imports and the loading of the policy."""
+    from lerobot.scripts import lerobot_eval
 
-    module_name, name = {
-        OURS: ("pusht_act.evaluate", "evaluate"),
-        "lerobot-eval": ("lerobot.scripts.lerobot_eval", "eval_policy_all"),
-    }[program]
-    module = importlib.import_module(module_name)
-    evaluate = getattr(module, name)
+    evaluate = lerobot_eval.eval_policy_all
 
     def timed(*arguments: Any, **options: Any) -> Any:
-        if program == "lerobot-eval" and not videos:  # it has no flag for that
+        if not videos:  # it has no flag for that
             options["max_episodes_rendered"] = 0
         start = time.monotonic()
         result = evaluate(*arguments, **options)
         report.write_text(json.dumps({"seconds": time.monotonic() - start}))
         return result
 
-    setattr(module, name, timed)
+    lerobot_eval.eval_policy_all = timed
 
 
 if __name__ == "__main__":

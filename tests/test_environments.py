@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from lerobot.envs.configs import PushtEnv
@@ -17,7 +18,7 @@ from lerobot.envs.configs import PushtEnv
 import pusht_act
 from pusht_act import environments as module
 from pusht_act.config import EvalConfig
-from pusht_act.environments import Environments, Here, Workers, environments
+from pusht_act.environments import Environments, Here, Recording, Workers, environments
 from pusht_act.evaluate import Rollout, rollout, task_of
 from pusht_act.job import Result
 from pusht_act.signals import STOPPING
@@ -42,15 +43,17 @@ def three() -> Iterator[Workers]:
     workers.close()
 
 
-def rolled_out(envs: Environments, kind: str, seeds: list[int], **options: Any) -> Rollout:
+def rolled_out(
+    envs: Environments, kind: str, seeds: list[int], recordings: Sequence[Recording] = (), **options: Any
+) -> Rollout:
     env = PushtEnv(obs_type=kind, episode_length=15)
     policy, processors = policy_for(env, **options)
-    return rollout(policy, processors, envs, task_of(env, policy.config), seeds=seeds, n_recorded=2)
+    return rollout(policy, processors, envs, task_of(env, policy.config), seeds=seeds, recordings=recordings)
 
 
 def assert_same_bits(a: Rollout, b: Rollout) -> None:
     assert a.episodes == b.episodes
-    for key in ("actions", "decisions", "frames"):
+    for key in ("actions", "decisions"):
         first, second = getattr(a, key), getattr(b, key)
         assert len(first) == len(second)
         for each, other in zip(first, second, strict=True):
@@ -58,13 +61,37 @@ def assert_same_bits(a: Rollout, b: Rollout) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_number_of_workers_changes_no_bit(kind: str, two: Workers, three: Workers) -> None:
+def test_the_number_of_workers_changes_no_bit(kind: str, two: Workers, three: Workers, tmp_path: Path) -> None:
     """Nor does what a worker did before: here a batch of another size, and other observations."""
+
+    def recordings(name: str) -> list[Recording]:
+        (tmp_path / name).mkdir()
+        return [Recording(tmp_path / name / f"{i}.mp4", 10, tmp_path / name / f"{i}.png") for i in range(2)]
+
     for seeds in ([50, 51, 52, 53, 54], [60, 61]):
-        here = rolled_out(Here(), kind, seeds)
-        assert [len(frames) for frames in here.frames] == [16, 16]
-        for workers in (two, three):
-            assert_same_bits(here, rolled_out(workers, kind, seeds))
+        names = [f"{len(seeds)}-{workers}" for workers in ("here", "two", "three")]
+        here, *others = (
+            rolled_out(envs, kind, seeds, recordings(name))
+            for envs, name in zip((Here(), two, three), names, strict=True)
+        )
+        for other in others:
+            assert_same_bits(here, other)
+        files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in names]
+        assert sorted(files[0]) == ["0.mp4", "0.png", "1.mp4", "1.png"]
+        assert files[0] == files[1] == files[2]
+        with av.open(str(tmp_path / names[0] / "1.mp4")) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 15 + 1
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "/nowhere/0.mp4"])
+def test_a_recording_that_cannot_be_written_is_an_error_and_the_workers_go_on(
+    target: str, two: Workers, tmp_path: Path
+) -> None:
+    (tmp_path / "0.mp4").symlink_to(target)
+    for envs in (Here(), two):
+        with pytest.raises(OSError, match=r"No space left|No such file"):
+            rolled_out(envs, KINDS[1], [1, 2], [Recording(tmp_path / "0.mp4", 10)])
+        assert len(rolled_out(envs, KINDS[1], [1, 2]).episodes) == 2
 
 
 def test_an_action_for_each_look_works_in_workers_too(two: Workers) -> None:
@@ -83,7 +110,7 @@ def test_an_environment_forgets_the_episode_before() -> None:
 def test_a_worker_has_neither_torch_nor_lerobot() -> None:
     code = (
         "import sys; from pusht_act.environments import Here, Task; import numpy as np; here = Here();"
-        "here.reset(Task('gym_pusht/PushT-v0', {}, 'pixels_agent_pos', 9), [1], [True]);"
+        "here.reset(Task('gym_pusht/PushT-v0', {}, 'pixels_agent_pos', 9), [1], [None]);"
         "here.carry_out(np.ones((1, 2, 2), np.float32));"
         "print({'torch', 'lerobot'} & set(sys.modules))"
     )
@@ -177,7 +204,7 @@ def test_rollouts_of_dagger_have_workers_too(tmp_path: Path, started: list[int])
 def test_closed_environments_carry_nothing_out() -> None:
     here = Here()
     env = PushtEnv(obs_type=KINDS[1])
-    here.reset(task_of(env, policy_for(env)[0].config), [1], [False])
+    here.reset(task_of(env, policy_for(env)[0].config), [1], [None])
     here.close()
     with pytest.raises(OSError, match="closed"):
         here.carry_out(np.ones((1, 2, 2), np.float32))

@@ -5,7 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pusht_act.video import write_videos
+from pusht_act.video import write_video
 
 
 def test_videos_show_their_frames_one_after_the_other(tmp_path: Path) -> None:
@@ -14,8 +14,8 @@ def test_videos_show_their_frames_one_after_the_other(tmp_path: Path) -> None:
         tmp_path / "grey.mp4": [np.full((64, 64, 3), value, np.uint8) for value in ramp],
         tmp_path / "odd.mp4": [np.full((33, 41, 3), value, np.uint8) for value in ramp[::-1]],
     }
-    write_videos(videos, fps=10)  # type: ignore[arg-type]
     for path, frames in videos.items():
+        write_video(path, frames, fps=10)
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert (stream.average_rate, stream.codec_context.pix_fmt) == (10, "yuv420p")

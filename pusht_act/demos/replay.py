@@ -15,6 +15,8 @@ from pymunk._chipmunk_cffi import lib as chipmunk
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
 
+cv2.setNumThreads(1)  # of pictures as small as ours two threads take twice the processor's time, and are no faster
+
 State = tuple[float, float, float, float, float, float, float]
 """Agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
 Start = int | tuple[float, float, float, float, float] | State
