@@ -102,19 +102,24 @@ class Environments(Protocol):
 
 
 @contextmanager
-def environments(config: EvalConfig, needed: bool = True) -> Iterator[Environments]:
-    """Environments in `config.workers` processes, which start while the caller goes on; 0 chooses their number.
+def environments(config: EvalConfig, needed: bool = True) -> Iterator[list[Environments]]:
+    """Groups of environments in `config.workers` processes, which start while the caller goes on; 0 chooses the number.
 
     That is one a core, but each has `FEW` environments of a batch at least: a small evaluation is over in this process
-    before a worker has started. One process is this one, and so it is unless they are `needed`.
+    before a worker has started. One process is this one, and so it is unless they are `needed`. For more than one batch
+    there are two groups: one carries out its actions while the policy looks at the other.
     """
     batch = min(config.batch_size, config.n_episodes)
     workers = min(config.workers or min(cores(), batch // FEW), batch)
-    made: Environments = Workers(workers) if workers > 1 and needed else Here()
+    groups: list[Environments] = [Here()]
+    if needed and workers > 1:
+        sizes = [workers] if batch == config.n_episodes else [workers - workers // 2, workers // 2]
+        groups = [Workers(size) for size in sizes]
     try:
-        yield made
+        yield groups
     finally:
-        made.close()
+        for group in groups:
+            group.close()
 
 
 class Here:

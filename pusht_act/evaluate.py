@@ -6,11 +6,13 @@ Training and mode=eval call the same `evaluate`, so the same checkpoint and seed
 import csv
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -85,6 +87,10 @@ def task_of(env: PushtEnv, policy: ACTConfig) -> Task:
     return Task(env.gym_id, kwargs, env.obs_type, env.episode_length)
 
 
+_LOOKING = threading.Lock()
+"""Held while a policy looks: LeRobot's processors keep the batch at hand in themselves."""
+
+
 @torch.inference_mode()
 def rollout(
     policy: ACTPolicy,
@@ -120,20 +126,21 @@ def rollout(
 def _chosen(policy: ACTPolicy, processors: Processors, turns: list[Turn]) -> Float32[np.ndarray, "B N 2"]:
     """The next n_action_steps actions of each, in px."""
     seen = {key: np.stack([turn.observation[key] for turn in turns]) for key in turns[0].observation}
-    batch = processors.pre(preprocess_observation(seen))
-    with autocast(policy):
-        if policy.config.temporal_ensemble_coeff is not None:  # LeRobot then has n_action_steps 1
-            chunk = policy.select_action(batch).unsqueeze(1)
-        else:
-            chunk = policy.predict_action_chunk(batch)[:, : policy.config.n_action_steps]
-    actions: np.ndarray = processors.post(chunk.float()).cpu().numpy()
+    with _LOOKING:
+        batch = processors.pre(preprocess_observation(seen))
+        with autocast(policy):
+            if policy.config.temporal_ensemble_coeff is not None:  # LeRobot then has n_action_steps 1
+                chunk = policy.select_action(batch).unsqueeze(1)
+            else:
+                chunk = policy.predict_action_chunk(batch)[:, : policy.config.n_action_steps]
+        actions: np.ndarray = processors.post(chunk.float()).cpu().numpy()
     return actions
 
 
 def evaluate(
     policy: ACTPolicy,
     processors: Processors,
-    envs: Environments,
+    envs: Sequence[Environments],
     env: PushtEnv,
     config: EvalConfig,
     *,
@@ -178,39 +185,80 @@ def _recordings(directory: Path, count: int, fps: int) -> list[Recording]:
 def _evaluated(
     policy: ACTPolicy,
     processors: Processors,
-    envs: Environments,
+    envs: Sequence[Environments],
     env: PushtEnv,
     config: EvalConfig,
     recordings: list[Recording],
     description: str | None,
 ) -> Evaluation:
+    """Batch after batch, as many at once as there are groups of environments."""
     start = time.perf_counter()
     task = task_of(env, policy.config)
     count = min(config.batch_size, config.n_episodes)
-    whole = Rollout()
-    was_training = policy.training
-    hidden = True if description is None else None
-    try:
-        with tqdm(total=config.n_episodes, desc=description, unit="episode", leave=False, disable=hidden) as progress:
-            while (done := len(whole.episodes)) < config.n_episodes:
-                first = config.start_seed + done
-                part = rollout(
-                    policy, processors, envs, task,
-                    seeds=range(first, first + count),
-                    recordings=recordings[done : done + count],
-                    on_turn=lambda running, done=done: _show(progress, done + count - running),  # type: ignore[misc]
-                )  # fmt: skip
-                # The last batch is filled up to its size: a smaller one would round differently.
-                kept = min(count, config.n_episodes - done)
-                whole.episodes += [replace(each, episode_ix=done + each.episode_ix) for each in part.episodes[:kept]]
-                whole.decisions += part.decisions[:kept]
-    finally:
-        policy.train(was_training)
-    return Evaluation(whole.episodes, time.perf_counter() - start, decisions=whole.decisions)
+    # LeRobot's ensembler is the policy's own, for one batch at a time.
+    groups = envs[:1] if policy.config.temporal_ensemble_coeff is not None else envs
+    free: SimpleQueue[Environments] = SimpleQueue()
+    for group in groups:
+        free.put(group)
+    was_training, broken_off = policy.training, threading.Event()
+
+    def batch(done: int) -> Rollout:
+        def on_turn(running: int) -> None:
+            if broken_off.is_set():
+                raise CancelledError
+            progress.show(done, count - running)
+
+        group, first = free.get(), config.start_seed + done
+        try:
+            return rollout(
+                policy, processors, group, task,
+                seeds=range(first, first + count), recordings=recordings[done : done + count], on_turn=on_turn,
+            )  # fmt: skip
+        finally:
+            free.put(group)
+
+    with _Progress(config.n_episodes, description) as progress, ThreadPoolExecutor(len(groups)) as threads:
+        try:
+            starts = range(0, config.n_episodes, count)
+            if len(groups) == 1:  # here, where a signal breaks it off at once
+                parts = [batch(first) for first in starts]
+            else:
+                futures = [threads.submit(batch, first) for first in starts]
+                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                    future.result()
+                parts = [future.result() for future in futures]
+        except BaseException:
+            broken_off.set()
+            raise
+        finally:
+            policy.train(was_training)
+    # The last batch is filled up to its size: a smaller one would round differently.
+    n = config.n_episodes
+    episodes = [replace(each, episode_ix=i) for i, each in enumerate([e for p in parts for e in p.episodes][:n])]
+    decisions = [states for part in parts for states in part.decisions][:n]
+    return Evaluation(episodes, time.perf_counter() - start, decisions=decisions)
 
 
-def _show(progress: Any, done: int) -> None:
-    progress.update(min(done, progress.total) - progress.n)
+class _Progress:
+    """A bar of the episodes that have ended, in batches side by side; none if `description` is None."""
+
+    def __init__(self, total: int, description: str | None) -> None:
+        hidden = True if description is None else None
+        self._bar = tqdm(total=total, desc=description, unit="episode", leave=False, disable=hidden)
+        self._ended: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def show(self, batch: int, ended: int) -> None:
+        """So many of `batch` have ended."""
+        with self._lock:
+            self._ended[batch] = ended
+            self._bar.update(min(sum(self._ended.values()), self._bar.total) - self._bar.n)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def _write(evaluation: Evaluation, directory: Path) -> None:

@@ -60,7 +60,8 @@ def evaluating(
             processors = copy.deepcopy(objects.processors)
             yield Evaluations(config, env, objects, processors, state, run, metrics, envs, thread, report)
         finally:
-            envs.close()
+            for group in envs:
+                group.close()
 
 
 @dataclass
@@ -75,7 +76,7 @@ class Evaluations:
     state: LoopState
     run: RunDir
     metrics: Metrics
-    envs: Environments
+    envs: list[Environments]
     thread: Executor
     report: Report | None = None
     newest: Evaluation | None = None

@@ -11,10 +11,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two threads on 
 
 import pytest
 import torch
+from hypothesis import settings
 
 import pusht_act
 from benchmarks.forked import Commands
 from pusht_act.job import Result
+
+settings.register_profile("unhurried", settings(), deadline=None)  # on a loaded machine an example takes its time
+settings.load_profile("unhurried")
 
 HUMAN = Path(__file__).parents[2] / "shared" / "data"
 """The human demonstrations, beside a developer's checkout; never part of the project."""

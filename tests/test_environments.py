@@ -19,7 +19,7 @@ import pusht_act
 from pusht_act import environments as module
 from pusht_act.config import EvalConfig
 from pusht_act.environments import Environments, Here, Recording, Workers, environments
-from pusht_act.evaluate import Rollout, rollout, task_of
+from pusht_act.evaluate import Rollout, evaluate, rollout, task_of
 from pusht_act.job import Result
 from pusht_act.signals import STOPPING
 from tests.conftest import TINY
@@ -101,6 +101,39 @@ def test_an_action_for_each_look_works_in_workers_too(two: Workers) -> None:
     assert_same_bits(here, rolled_out(two, KINDS[1], [7, 8, 9], **ensembling))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}], ids=["chunks", "mean"]
+)
+def test_batches_side_by_side_change_no_bit(
+    kind: str, options: dict[str, Any], two: Workers, three: Workers, tmp_path: Path
+) -> None:
+    env = PushtEnv(obs_type=kind, episode_length=15)
+    policy, processors = policy_for(env, **options)
+    config = EvalConfig(n_episodes=7, batch_size=2, start_seed=50, n_videos=3)
+    one, both = (
+        evaluate(policy, processors, groups, env, config, directory=tmp_path / name)
+        for name, groups in (("one", [Here()]), ("both", [two, three]))
+    )
+    assert one.episodes == both.episodes
+    assert [episode.episode_ix for episode in both.episodes] == list(range(7))
+    for states, others in zip(one.decisions, both.decisions, strict=True):
+        np.testing.assert_array_equal(np.stack(states), np.stack(others), strict=True)
+    for path in (tmp_path / "one").iterdir():
+        assert path.name == "metrics.json" or path.read_bytes() == (tmp_path / "both" / path.name).read_bytes()
+    assert len(both.video_paths) == 3
+
+
+def test_a_group_that_fails_breaks_the_other_off(two: Workers) -> None:
+    env = PushtEnv(obs_type=KINDS[1], episode_length=100_000)
+    policy, processors = policy_for(env)
+    killed = Workers(1)
+    killed._processes[0].kill()
+    config = EvalConfig(n_episodes=4, batch_size=2, start_seed=50, n_videos=0)
+    with pytest.raises(OSError, match="a process of the evaluation was killed"):
+        evaluate(policy, processors, [two, killed], env, config)
+
+
 def test_an_environment_forgets_the_episode_before() -> None:
     used = Here()
     rolled_out(used, KINDS[1], [1, 2, 3])
@@ -174,7 +207,15 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("n_episodes", "batch_size", "workers", "processes"),
-    [(50, 50, 0, [4]), (500, 12, 0, [2]), (9, 50, 0, []), (9, 50, 3, [3]), (2, 50, 3, [2]), (500, 50, 1, [])],
+    [
+        (50, 50, 0, [4]),
+        (500, 12, 0, [1, 1]),
+        (9, 50, 0, []),
+        (9, 50, 3, [3]),
+        (2, 50, 3, [2]),
+        (500, 50, 1, []),
+        (500, 50, 3, [2, 1]),
+    ],
 )
 def test_how_many_workers_there_are(
     n_episodes: int, batch_size: int, workers: int, processes: list[int], started: list[int]
@@ -190,15 +231,15 @@ def test_a_run_and_an_evaluation_start_their_workers_once(tiny: Tiny, started: l
     run = tiny("eval_freq=2", "eval.workers=2").output_dir
     assert started == [2]
     pusht_act.run(["mode=eval", f"checkpoint={run}", "eval.n_episodes=4", "eval.batch_size=3", "eval.workers=3"])
-    assert started == [2, 3]
+    assert started == [2, 2, 1]
     tiny("overwrite=true", "eval.workers=2", "eval_freq=0")
-    assert started == [2, 3], "no evaluation, no workers"
+    assert started == [2, 2, 1], "no evaluation, no workers"
 
 
 def test_rollouts_of_dagger_have_workers_too(tmp_path: Path, started: list[int]) -> None:
     options = ("mode=dagger", "dagger.rounds=1", "dagger.n_rollouts=3", "dagger.workers=1", "eval_freq=0")
     pusht_act.run([*TINY, *options, "eval.workers=2", f"output_dir={tmp_path / 'run'}"])
-    assert started == [2]
+    assert started == [1, 1]
 
 
 def test_closed_environments_carry_nothing_out() -> None:

@@ -118,9 +118,9 @@ def test_an_episodes_numbers_do_not_depend_on_how_many_are_asked_for() -> None:
     env = PushtEnv(obs_type="environment_state_agent_pos", episode_length=20)
     policy, processors = policy_for(env)
     config = EvalConfig(n_episodes=5, batch_size=2, start_seed=50, n_videos=0)
-    five = evaluate(policy, processors, Here(), env, config).episodes
+    five = evaluate(policy, processors, [Here()], env, config).episodes
     config.n_episodes = 3
-    three = evaluate(policy, processors, Here(), env, config).episodes
+    three = evaluate(policy, processors, [Here()], env, config).episodes
     assert five[:3] == three
     assert [episode.seed for episode in five] == [50, 51, 52, 53, 54]
     assert [episode.episode_ix for episode in five] == [0, 1, 2, 3, 4]

@@ -93,7 +93,7 @@ def mapped(job: Job) -> dict[str, tuple[str, int, int]]:
 
 def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    command = tiny_command("steps=500", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
+    command = tiny_command("steps=800", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
     with Launcher(folder, *command, f"hydra.sweep.dir={folder}") as launcher:
         under_way = launcher.halted(2, 3)
         maps = [mapped(job) for job in under_way]
@@ -117,15 +117,17 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
 
     found = jobs(folder)
     assert [job.state for job in found] == ["failed", "failed", "interrupted", "interrupted"]
-    assert all(RunDir(folder / str(number)).has_checkpoints() for number in (2, 3)), "they saved"
+    saved = [int((folder / str(number) / "checkpoints" / "last").resolve().name) for number in (2, 3)]
     with Launcher(folder, f"sweep.resume={folder}") as again:
         assert again.process.wait(300) == 1
         assert again.left_behind() == []
     printed = again.output.read_text()
     assert states(printed) == [["0", "failed", "2"], ["1", "failed", "2"], ["2", "done", "2"], ["3", "done", "2"]]
-    assert len(re.findall(r"job [23]: going on from \S+/checkpoints/000\d{3}", printed)) == 2
+    # A loaded machine may let one come to its last step before it is stopped.
+    unfinished = sum(step < 800 for step in saved)
+    assert len(re.findall(r"job [23]: going on from \S+/checkpoints/000\d{3}", printed)) == unfinished, (saved, printed)
     assert "pusht-act: 2 of 4 jobs are not done (job 0: policy.dim_model=32 is not a multiple" in printed
-    assert [job.step for job in jobs(folder)] == [None, None, 500, 500]
+    assert [job.step for job in jobs(folder)] == [None, None, 800, 800]
 
 
 def test_a_signal_to_the_launcher_stops_its_jobs(tmp_path: Path) -> None:
