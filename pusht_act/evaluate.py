@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from pusht_act.config import EvalConfig
 from pusht_act.environments import Environments, Episode, Recording, State, Task, Turn
 from pusht_act.policy import Processors, autocast
+from pusht_act.signals import begin, wait_for
 from pusht_act.statistics import wilson_interval
 
 
@@ -223,12 +224,12 @@ def _evaluated(
             if len(groups) == 1:  # here, where a signal breaks it off at once
                 parts = [batch(first) for first in starts]
             else:
-                futures = [threads.submit(batch, first) for first in starts]
-                for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                    future.result()
-                parts = [future.result() for future in futures]
+                futures = [begin(threads, batch, first) for first in starts]
+                wait_for(*futures)
+                parts = [future.result() for future in futures if future.done()]
         except BaseException:
             broken_off.set()
+            threads.shutdown(wait=False, cancel_futures=True)  # those that have not begun
             raise
         finally:
             policy.train(was_training)

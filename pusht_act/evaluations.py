@@ -11,7 +11,7 @@ metrics, `best` and files come to those of a run that was not. A signal breaks o
 import copy
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from pusht_act.policy import Processors
 from pusht_act.pruning import Report
 from pusht_act.retention import link, remove
 from pusht_act.run_dir import Checkpoint, RunDir
-from pusht_act.signals import Stopped, at_once
+from pusht_act.signals import Stopped, at_once, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class Evaluations:
 def _wait_for(coming: Future[Evaluation]) -> None:
     """Until it is there, or there is a signal."""
     with suppress(Stopped), at_once():
-        wait([coming])
+        wait_for(coming)
 
 
 def unevaluated(start: Checkpoint, state: LoopState, steps: int) -> Path | None:

@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from pusht_act.cache import Allocate, Contents, Frames, cached
 from pusht_act.cores import cores
+from pusht_act.signals import begin, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -205,8 +206,9 @@ def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.nd
         ThreadPoolExecutor(cores()) as pool,
     ):
         try:
-            jobs = [pool.submit(_decode_part, path, part, 0.5 / info["fps"], out, stop) for path, part in parts]
-            for job in as_completed(jobs):
+            jobs = [begin(pool, _decode_part, path, part, 0.5 / info["fps"], out, stop) for path, part in parts]
+            for job in jobs:
+                wait_for(job)
                 progress.update(job.result())
         finally:
             stop.set()  # nobody waits for the others when one has failed

@@ -128,6 +128,8 @@ class Wandb:
         os.environ.setdefault("WANDB_SILENT", "true")  # its own banner; what matters is logged below
         import wandb
 
+        self.run_id, self._failed = run_id, True
+
         mode = _wandb_mode(config)
         reason = _unreachable(wandb.api) if mode == "online" else f"its mode is {mode}"
         options: dict[str, Any] = {
@@ -154,10 +156,13 @@ class Wandb:
                 reason = _said_by(error)
         if reason is not None:
             log.info("W&B: %s, so the run is kept here; `wandb sync %s/wandb/offline-run-*` sends it", reason, run.path)
-            self._run = wandb.init(**options, mode="offline")
-        self.run_id: str = self._run.id
+            try:
+                self._run = wandb.init(**options, mode="offline")
+            except Exception as error:  # such as W&B's own process that does not start
+                log.warning("W&B: %s: the run goes on without it, metrics.jsonl has all of it", _said_by(error))
+                return
+        self.run_id, self._failed = self._run.id, False
         self._files = Path(self._run.settings.sync_dir)
-        self._failed = False
         # W&B's own step only goes up; an evaluation in the background comes after later steps.
         for group in ("train", "eval", "rollback"):
             self._run.define_metric(f"{group}/*", step_metric="step")

@@ -5,6 +5,7 @@
       deferred()        ... but in the training loop, which asks between two steps whether there was one, ...
         at_once()       ... but where that waits or evaluates, which is broken off
     withheld()          processes begun in here never see a signal: they end with their parent
+    begin(), wait_for() work for other threads and processes; what a signal must not break off is not
 
 A second Ctrl-C is a KeyboardInterrupt at once. In a job that SLURM runs SIGTERM only asks for a checkpoint: it comes
 before a kill, after which SLURM queues the job again, or before SIGUSR2, at which submitit does. Imports neither torch
@@ -15,11 +16,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+WAIT_S = 0.1
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -168,15 +172,18 @@ def deferred() -> Iterator[Stop]:
     """Within this a signal is noted only.
 
     Raises:
-        Stopped: there was one before or, in the end, nobody has acted upon it.
+        Stopped: there was one before or, in the end, nobody has acted upon it; not from within another `deferred`.
     """
-    _stop.check()
+    former = _stop.deferred
+    if not former:
+        _stop.check()
     _stop.deferred = True
     try:
         yield _stop
     finally:
-        _stop.deferred = False
-    _stop.check()
+        _stop.deferred = former
+    if not former:
+        _stop.check()
 
 
 @contextmanager
@@ -203,12 +210,40 @@ def withheld() -> Iterator[None]:
     Raises:
         Stopped: there was one.
     """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    were_deferred, _stop.deferred = _stop.deferred, True
-    try:
-        yield
-    finally:
-        _stop.deferred = were_deferred
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-    if not were_deferred:
-        _stop.check()
+    with deferred():
+        former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def begin[**P, T](executor: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    """`executor.submit`, which a signal does not break off: a lock it holds just then would be held for ever.
+
+    Python's locks that are written in Python, Condition's and with it those of Future, Queue, Event and Thread, are
+    taken one bytecode before `with` knows of it (bpo-29988).
+
+    Raises:
+        Stopped: there was a signal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return executor.submit(work, *args, **kwargs)
+    with deferred():
+        return executor.submit(work, *args, **kwargs)
+
+
+def wait_for(*futures: Future[Any]) -> None:
+    """Until all are done or one has failed; for the same reason a signal breaks it off from time to time only.
+
+    Raises:
+        Stopped: there was a signal, at most WAIT_S ago.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        wait(futures, return_when=FIRST_EXCEPTION)
+        return
+    ended = False
+    while not ended:
+        with deferred():
+            done = wait(futures, WAIT_S, FIRST_EXCEPTION).done
+            ended = len(done) == len(futures) or any(future.exception() for future in done)

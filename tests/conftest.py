@@ -57,6 +57,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(os.environ.setdefault("PUSHT_ACT_CACHE", str(tmp_path_factory.mktemp("cache"))))
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["WANDB_MODE"] = "offline"
+    os.environ["WANDB__SERVICE_WAIT"] = "600"  # its process once took more than the 30 s that it has by default
     return root
 
 

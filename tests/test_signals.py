@@ -5,11 +5,14 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,16 +20,20 @@ import pytest
 import pusht_act
 from benchmarks.forked import Commands, appears
 from pusht_act import main
+from pusht_act.demos.workers import in_order
 from pusht_act.job import Result
-from pusht_act.signals import STOPPING, Stopped, at_once, deferred, in_charge, listening, withheld
+from pusht_act.signals import STOPPING, Stopped, at_once, begin, deferred, in_charge, listening, wait_for, withheld
 from tests.conftest import TINY, tiny_command
 from tests.test_evaluations import outcome
 from tests.test_train import assert_same_bits
 
 Tiny = Callable[..., Result]
 SIGNALS = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
-LONG = ["eval.n_episodes=250", "eval.batch_size=50", "env.episode_length=300", "eval.workers=1"]
-"""An evaluation of seconds."""
+LONG = ["eval.n_episodes=25000", "eval.batch_size=50", "env.episode_length=300", "eval.workers=1"]
+"""An evaluation of minutes."""
+SHORT = ["eval.n_episodes=50", "env.episode_length=12"]
+AT_ONCE_S = 10.0
+"""What is at once on a loaded machine too, and less than what a signal must not wait for."""
 
 
 class Job:
@@ -97,18 +104,18 @@ def test_training_stops_saved_at_the_end_of_a_step_and_goes_on_to_the_same_bits(
 def test_an_evaluation_is_broken_off_and_done_again(
     options: list[str], at: str, pending: int, tmp_path: Path, job: Callable[..., Job], tiny: Tiny
 ) -> None:
-    run, short = tmp_path / "run", ["env.episode_length=12"]
+    run = tmp_path / "run"
     command = tiny_command("eval_freq=2", "save_freq=0", *LONG, *options, f"output_dir={run}")
     stopping = job(*command)
     code, _ = stopping.stopped(signal.SIGTERM, at, after=0.2)
     assert code == 143
-    assert stopping.seconds < 3
+    assert stopping.seconds < AT_ONCE_S
     assert state(run)["pending"] == pending
     assert not list(run.glob("eval/*/episodes.csv"))
-    # Evaluations of another length, to come to an end sooner.
+    # Shorter evaluations, to come to an end.
     steps = next(option for option in options if option.startswith("steps="))
-    assert pusht_act.run(["mode=resume", f"output_dir={run}", steps, *short]).step == int(steps[6:])
-    tiny("eval_freq=2", "save_freq=0", *LONG, *options, *short, f"output_dir={tmp_path / 'whole'}")
+    assert pusht_act.run(["mode=resume", f"output_dir={run}", steps, *SHORT]).step == int(steps[6:])
+    tiny("eval_freq=2", "save_freq=0", *LONG, *options, *SHORT, f"output_dir={tmp_path / 'whole'}")
     assert_same_bits(tmp_path / "whole", run)
     assert outcome(run) == outcome(tmp_path / "whole")
 
@@ -135,14 +142,15 @@ def test_without_checkpoints_it_says_so(tmp_path: Path, job: Callable[..., Job])
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path, job: Callable[..., Job]) -> None:
-    slow = job(*tiny_command("steps=9", "batch_size=4000", f"output_dir={tmp_path / 'run'}"))
+    ten_seconds_a_step = ["batch_size=400", "policy.dim_model=256", "policy.chunk_size=100"]
+    slow = job(*tiny_command("steps=9", *ten_seconds_a_step, f"output_dir={tmp_path / 'run'}"))
     appears(slow.output, "step 1/")
     os.kill(slow.pid, signal.SIGINT)
     time.sleep(0.1)
     code, printed = slow.stopped(signal.SIGINT)
     assert code == 130
     assert "saved" not in printed
-    assert slow.seconds < 1.5
+    assert slow.seconds < 5
 
 
 @SIGNALS
@@ -150,23 +158,25 @@ def test_an_evaluation_of_its_own_leaves_at_once_and_nothing_half_written(
     number: signal.Signals, tiny: Tiny, tmp_path: Path, job: Callable[..., Job]
 ) -> None:
     run = tiny("steps=1").output_dir
-    stopping = job("mode=eval", f"checkpoint={run}", "eval.n_episodes=500", "eval.workers=2", "env.episode_length=300")
+    stopping = job(
+        "mode=eval", f"checkpoint={run}", "eval.n_episodes=25000", "eval.workers=2", "env.episode_length=300"
+    )
     code, printed = stopping.stopped(number, after=1.5)
     assert code == 128 + number
     assert [line for line in printed.splitlines() if "INFO" not in line][-1] == f"pusht-act: stopped by {number.name}"
     assert not list(run.glob("eval/*"))
-    assert stopping.seconds < 2
+    assert stopping.seconds < AT_ONCE_S
 
 
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.04, 0.5])  # the first ones come while the workers begin
 def test_demonstrations_stop_at_once_and_leave_nothing(after: float, tmp_path: Path, job: Callable[..., Job]) -> None:
     target = tmp_path / "demos"
     command = ["mode=demos", "env=pusht_keypoints", "demos.workers=2", "wandb.enable=false", f"output_dir={target}"]
-    stopping = job(*command, "demos.n_episodes=50")
-    code, printed = stopping.stopped(signal.SIGTERM, "planning 50", after)
+    stopping = job(*command, "demos.n_episodes=500")
+    code, printed = stopping.stopped(signal.SIGTERM, "planning 500", after)
     assert code == 143
     assert printed.splitlines()[-1] == "pusht-act: stopped by SIGTERM"
-    assert stopping.seconds < 2
+    assert stopping.seconds < AT_ONCE_S
     assert not target.exists()
 
 
@@ -180,7 +190,7 @@ def test_dagger_stops_wherever_it_is_and_goes_on(tmp_path: Path, job: Callable[.
         assert code == 143
         assert "stopped by SIGTERM" in printed.splitlines()[-1]
         assert "to go on: pusht-act mode=dagger" in printed.splitlines()[-1]
-        assert stopping.seconds < 3
+        assert stopping.seconds < AT_ONCE_S
     assert pusht_act.run(command).step == 4
 
 
@@ -323,3 +333,50 @@ def test_what_was_ignored_stays_so_and_another_thread_hears_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == before
+
+
+@contextmanager
+def signal_when_a_lock_is_taken(nth: int) -> Iterator[list[int]]:
+    """SIGTERM in the instant in which the main thread has its `nth` lock of a Condition and `with` has not; its times.
+
+    What an exception does there to a Future, a Queue, an Event or a Thread: the lock is held for ever.
+    """
+    times: list[int] = []
+
+    def profile(frame: FrameType, event: str, _: object) -> None:
+        if event == "c_return" and frame.f_code is threading.Condition.__enter__.__code__:
+            times.append(len(times))
+            if len(times) == nth:
+                signal.raise_signal(signal.SIGTERM)
+
+    sys.setprofile(profile)
+    try:
+        yield times
+    finally:
+        sys.setprofile(None)
+
+
+def by_processes() -> None:
+    with closing(in_order(abs, range(-3, 0), 2, "")) as results:
+        assert list(results) == [3, 2, 1]
+
+
+def by_threads() -> None:
+    with ThreadPoolExecutor(2) as threads:
+        futures = [begin(threads, abs, number) for number in range(-3, 0)]
+        wait_for(*futures)
+        assert [future.result() for future in futures] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("work", [by_processes, by_threads], ids=lambda work: work.__name__)
+def test_a_signal_leaves_no_lock_behind(work: Callable[[], None]) -> None:
+    former, nth, sent = signal.signal(signal.SIGTERM, signal.default_int_handler), 0, True
+    try:
+        while sent:
+            nth += 1
+            with suppress(Stopped), listening(), signal_when_a_lock_is_taken(nth) as times:
+                work()
+            sent = len(times) >= nth
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert nth > 10

@@ -8,15 +8,11 @@ Workers import neither torch nor lerobot.
 
 import hashlib
 import logging
-import multiprocessing
 import os
 import struct
-import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple
 from functools import partial
@@ -31,7 +27,8 @@ from pusht_act.demos.demonstrator import Demonstration, demonstrate
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.demos.replay import Start
 from pusht_act.demos.starts import shown
-from pusht_act.signals import withheld
+from pusht_act.demos.workers import AGAIN, result_of, worker_processes
+from pusht_act.signals import begin
 
 log = logging.getLogger(__name__)
 
@@ -130,50 +127,11 @@ def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[S
         return (
             partial(_kept_or_made, folder, options, start)
             if there
-            else pool.submit(_kept_or_made, folder, options, start).result
+            else partial(result_of, begin(pool, _kept_or_made, folder, options, start))
         )
 
-    try:
-        with worker_processes(workers) as pool:
-            yield submit
-    except BrokenProcessPool as error:
-        raise OSError(
-            "a planning process was killed, perhaps for want of memory: what was planned is kept, give the same "
-            "command again, with a smaller demos.workers if it happens again"
-        ) from error
-
-
-@contextmanager
-def worker_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes end with this block, at once where that is left by an exception, and with this process."""
-    # spawn, since the caller may hold threads or a GPU, which do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    pool: ProcessPoolExecutor | None = None
-    try:
-        with withheld():  # a signal amid this would leave half a process behind
-            pool = ProcessPoolExecutor(count, context, _tie_to_parent)
-            pool.submit(int)  # the first call begins all of them
-        yield pool
-    except BaseException:
-        processes = pool._processes if pool is not None else None
-        for process in list((processes or {}).values()):  # what they are at would be waited for
-            process.kill()
-        raise
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
-
-
-def _tie_to_parent() -> None:
-    """A worker whose parent was killed must not wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def leave() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave, daemon=True).start()
+    with worker_processes(workers, f"what was planned is kept, {AGAIN} demos.workers") as pool:
+        yield submit
 
 
 def _path(folder: Path, start: Start) -> Path:

@@ -2,10 +2,9 @@
 
 import struct
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from pusht_act.demos.simulator import (
     new_state,
     step,
 )
+from pusht_act.demos.workers import AGAIN, in_order
 
 Progress = Callable[[int, int], None]
 """Called with (episodes done, episodes in all)."""
@@ -126,16 +126,9 @@ def demonstrate_many(
     if workers < 1:
         raise ValueError(f"workers={workers}: give at least 1 process")
     starts, made = [check_plannable(start) for start in starts], []
-    one = partial(demonstrate, options=options)
-    if workers == 1:
-        for start in starts:
-            made.append(one(start))
-            if progress is not None:
-                progress(len(made), len(starts))
-        return made
-    # spawn, since the caller may hold threads or a GPU, which do not survive a fork
-    with ProcessPoolExecutor(min(workers, max(1, len(starts))), mp_context=get_context("spawn")) as pool:
-        for demonstration in pool.map(one, starts):
+    workers = min(workers, max(1, len(starts)))
+    with closing(in_order(partial(demonstrate, options=options), starts, workers, f"{AGAIN} workers")) as coming:
+        for demonstration in coming:
             made.append(demonstration)
             if progress is not None:
                 progress(len(made), len(starts))

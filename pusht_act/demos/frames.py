@@ -2,9 +2,8 @@
 
 import hashlib
 import logging
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +19,7 @@ from pusht_act.cores import cores
 from pusht_act.demos import embedded
 from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.labels import Label
-from pusht_act.demos.replay import Episode, replay
+from pusht_act.demos.replay import Episode, replayed
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ def _build(demonstrations: list[Demonstration], image: bool, allocate: Allocate)
         for key in keys
         for dtype in ["uint8" if key.endswith("image") else "float32"]
     }
-    for i, episode in enumerate(tqdm(_replayed(demonstrations, image), "replaying", len(demonstrations), disable=None)):
+    for i, episode in _replayed(demonstrations, image):
         if not episode.success[-1]:
             raise ValueError(
                 f"embedded demonstration {i} does not solve PushT when replayed with gym-pusht {version('gym-pusht')} "
@@ -104,7 +103,7 @@ def _append(frames: Frames, labels: list[Label], allocate: Allocate) -> Contents
             )
         arrays[key] = allocate(key, (int(bounds[-1]), *wanted), array.dtype.name)
         arrays[key][: len(frames)] = array
-    for i, episode in enumerate(tqdm(_replayed(labels, image), "replaying", len(labels), disable=None)):
+    for i, episode in _replayed(labels, image):
         _put(arrays, slice(bounds[i], bounds[i + 1]), episode)
     return Contents(
         episodes=np.concatenate([frames.episodes, np.stack([bounds[:-1], bounds[1:]], axis=1)]),
@@ -129,17 +128,11 @@ def _put(arrays: dict[str, np.ndarray], rows: slice, episode: Episode) -> None:
         arrays["observation.image"][rows] = episode.image.transpose(0, 3, 1, 2)
 
 
-def _replayed(demonstrations: Sequence[Demonstration | Label], image: bool) -> Iterator[Episode]:
-    """In order; pictures take 3 ms each and are drawn on all cores."""
-    if not image:
-        for demonstration in demonstrations:
-            yield replay(demonstration.start, demonstration.action)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(cores(), mp_context=context) as pool:
-        yield from pool.map(
-            partial(replay, image=True), *zip(*((d.start, d.action) for d in demonstrations), strict=True), chunksize=4
-        )
+def _replayed(trajectories: Sequence[Demonstration | Label], image: bool) -> Iterator[tuple[int, Episode]]:
+    """Each with its number, in order."""
+    pairs = [(each.start, each.action) for each in trajectories]
+    with closing(replayed(pairs, image, cores())) as episodes:
+        yield from enumerate(tqdm(episodes, "replaying", len(pairs), unit="demo", disable=None))
 
 
 def _stats(array: np.ndarray) -> dict[str, Any]:

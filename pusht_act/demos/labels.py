@@ -10,8 +10,6 @@ neither torch nor lerobot.
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Generator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +20,11 @@ from jaxtyping import Float32, Float64
 from tqdm import tqdm
 
 from pusht_act.cores import cores
-from pusht_act.demos.collect import worker_processes
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.demonstrator import label
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.demos.replay import Start, check_start
+from pusht_act.demos.workers import AGAIN, in_order
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +88,10 @@ def label_decisions(
     log.info("%s: labelling %s states, workers: %d%s", description, f"{total:,}", workers, kept)
     work = partial(_label_rollout, folder, options, length)
     rollouts = [(seed, decisions[seed]) for seed in missing]
+    remedy = f"what was labelled is kept, {AGAIN} dagger.workers"
     with (
         tqdm(total=total, initial=done, desc="labelling", unit="state", disable=None) as bar,
-        closing(_mapped(work, rollouts, workers)) as counts,
+        closing(in_order(work, rollouts, min(workers, len(rollouts)), remedy)) as counts,
     ):
         for count in counts:
             bar.update(count)
@@ -114,21 +113,6 @@ def read_labels(folder: Path) -> list[Label]:
             raise ValueError(f"dagger.labels={folder}: {seed}.npz is missing or damaged: give mode=dagger again")
         labels += kept
     return labels
-
-
-def _mapped[T](work: Callable[[T], int], items: list[T], workers: int) -> Generator[int]:
-    """`work` of each, in this process or in `workers` others."""
-    if workers == 1:
-        yield from map(work, items)
-        return
-    try:
-        with worker_processes(min(workers, len(items))) as pool:
-            yield from pool.map(work, items)
-    except BrokenProcessPool as error:
-        raise OSError(
-            "a labelling process was killed, perhaps for want of memory: what was labelled is kept, give the same "
-            "command again, with a smaller dagger.workers if it happens again"
-        ) from error
 
 
 def _label_rollout(folder: Path, options: PlannerOptions, length: int, rollout: tuple[int, np.ndarray]) -> int:

@@ -8,8 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,9 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from pusht_act.demos.collect import worker_processes
 from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.frames import FEATURES, TASK
-from pusht_act.demos.replay import Episode, replay
+from pusht_act.demos.replay import Episode, replayed
 from pusht_act.demos.starts import shown
 
 FPS = 10
@@ -57,7 +55,8 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
             video_backend="pyav",
             image_writer_threads=2 if image else 0,
         )
-        with closing(_replayed(solved, image, workers)) as episodes:
+        tried = [(made.start, made.executed) for made in solved]
+        with closing(replayed(tried, image, min(workers, 2))) as episodes:
             pairs = zip(solved, episodes, strict=True)
             for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
                 assert episode.success[-1], f"the demonstration of {shown(made.start)} does not replay"
@@ -89,22 +88,6 @@ def _rows(made: Demonstration, episode: Episode) -> Iterator[dict[str, Any]]:
             "next.success": episode.success[t : t + 1],
             "task": TASK,
         }
-
-
-def _replayed(solved: Sequence[Demonstration], image: bool, workers: int) -> Generator[Episode]:
-    """In order. Pictures take 1 ms each and are drawn by another process, a few episodes ahead of the encoder."""
-    if not image or workers == 1:
-        for made in solved:
-            yield replay(made.start, made.executed, image)
-        return
-    with worker_processes(min(workers, 2)) as pool:
-        coming: deque[Callable[[], Episode]] = deque()
-        for made in solved:
-            coming.append(pool.submit(replay, made.start, made.executed, image).result)
-            if len(coming) > 4:
-                yield coming.popleft()()
-        while coming:
-            yield coming.popleft()()
 
 
 def _counts(image: UInt8[np.ndarray, "T H W 3"]) -> Int64[np.ndarray, "3 256"]:

@@ -1,8 +1,9 @@
 """Replaying actions in gym-pusht, fast, to get back every observation of a demonstration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cv2
@@ -14,6 +15,7 @@ from pymunk._chipmunk_cffi import lib as chipmunk
 
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
+from pusht_act.demos.workers import in_order
 
 cv2.setNumThreads(1)  # of pictures as small as ours two threads take twice the processor's time, and are no faster
 
@@ -164,6 +166,22 @@ def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False)
         done=done,
         success=covered > SUCCESS_COVERAGE,
     )
+
+
+def replayed(
+    trajectories: Iterable[tuple[Start, Shaped[np.ndarray, "T 2"]]], image: bool, workers: int
+) -> Generator[Episode]:
+    """`replay` of each in order; pictures, which take milliseconds each, are drawn by `workers` processes.
+
+    Raises:
+        OSError: one of those was killed.
+    """
+    work = partial(_replay_pair, image)
+    return in_order(work, trajectories, workers if image else 1, "give the same command again")
+
+
+def _replay_pair(image: bool, trajectory: tuple[Start, np.ndarray]) -> Episode:
+    return replay(*trajectory, image)
 
 
 def _pose(env: Any) -> tuple[float, float, float, float, float]:

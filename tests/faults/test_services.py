@@ -150,3 +150,17 @@ def test_a_server_that_is_broken_from_the_start_puts_the_run_offline(
     assert f"{reason}, so the run is kept here" in caplog.text
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert [row["step"] for row in history(file)] == [1]
+
+
+def test_its_own_process_that_does_not_start_does_not_stop_a_run(
+    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "0.001")  # less than it needs
+    forget_settings(monkeypatch)
+    with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, "former") as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+    assert metrics.wandb_run_id == "former"
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "pusht_act.metrics"]
+    assert "Failed to read port info" in warning
+    assert warning.endswith("the run goes on without it, metrics.jsonl has all of it")
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
