@@ -23,8 +23,9 @@ from jaxtyping import Float32, Float64, UInt8
 
 from pusht_act.config import EvalConfig
 from pusht_act.cores import cores
+from pusht_act.demos.chipmunk import advance
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
-from pusht_act.demos.replay import advance, count_no_contacts, frame, picture
+from pusht_act.demos.replay import corners_of, count_no_contacts, frame, keypoints, picture
 from pusht_act.film_strip import film_strip
 from pusht_act.signals import withheld
 from pusht_act.video import Video
@@ -166,16 +167,19 @@ class _Environment:
         self._recording = recording
         self._video = None if recording is None else Video(recording.video, recording.fps)
         self._frames: list[UInt8[np.ndarray, "H W 3"]] = []
-        self._turn = Turn(Episode(0, seed), True, self._state(), self._observation())
+        self._corners = corners_of(self._env)
+        state = self._state()
+        self._turn = Turn(Episode(0, seed), True, state, self._observation(state))
         return self._turn
 
     def carry_out(self, actions: Float32[np.ndarray, "N 2"]) -> Turn:
         if not self._turn.running:
             return self._turn
         episode, running = self._turn.episode, True
-        for action in actions:
+        actions = actions[: self._task.max_steps - episode.steps]
+        for stretch in [actions] if self._recording is None else actions[:, None]:  # which is drawn step by step
             self._draw()
-            self._step(action, episode)
+            self._step(stretch, episode)
             running = not episode.success and episode.steps < self._task.max_steps
             if not running:
                 self._draw()
@@ -183,20 +187,22 @@ class _Environment:
                 break
         # When the time is up it is so for all of them, and nobody looks any more.
         looked_at = episode.steps < self._task.max_steps
-        observation = self._observation() if looked_at else self._turn.observation
-        self._turn = Turn(episode, running, self._state(), observation)
+        state = self._state()
+        observation = self._observation(state) if looked_at else self._turn.observation
+        self._turn = Turn(episode, running, state, observation)
         return self._turn
 
-    def _step(self, action: Float32[np.ndarray, " 2"], episode: Episode) -> None:
-        env = self._env
-        env._last_action = action
-        advance(env, *action.tolist())
-        covered = float(coverage_of_poses(np.array([(*env.block.position, env.block.angle)]))[0])
-        reward = min(covered / SUCCESS_COVERAGE, 1.0)
-        episode.coverage, episode.success = covered, covered > SUCCESS_COVERAGE
-        episode.steps += 1
-        episode.sum_reward += reward
-        episode.max_reward = max(episode.max_reward, reward)
+    def _step(self, actions: Float32[np.ndarray, "N 2"], episode: Episode) -> None:
+        """Carry out `actions`; those after a success move the block of an episode that has ended."""
+        self._env._last_action = actions[-1]
+        for covered in coverage_of_poses(advance(self._env, actions)[:, 2:]).tolist():
+            reward = min(covered / SUCCESS_COVERAGE, 1.0)
+            episode.coverage, episode.success = covered, covered > SUCCESS_COVERAGE
+            episode.steps += 1
+            episode.sum_reward += reward
+            episode.max_reward = max(episode.max_reward, reward)
+            if episode.success:
+                break
 
     def _draw(self) -> None:
         if self._recording is None or self._video is None:
@@ -218,16 +224,11 @@ class _Environment:
         env = self._env
         return np.array((*env.agent.position, *env.block.position, env.block.angle, *env.agent.velocity))
 
-    def _observation(self) -> Observation:
-        env = self._env
+    def _observation(self, state: State) -> Observation:
+        """As PushTEnv.get_obs."""
         if self._task.obs_type == "pixels_agent_pos":
-            return {"pixels": picture(env), "agent_pos": np.array(env.agent.position)}
-        env.obs_type = self._task.obs_type
-        try:
-            observation: Observation = env.get_obs()
-            return observation
-        finally:
-            env.obs_type = "state"
+            return {"pixels": picture(self._env), "agent_pos": state[:2]}
+        return {"environment_state": keypoints(self._corners, state[None, 2:5])[0], "agent_pos": state[:2]}
 
 
 class Workers:

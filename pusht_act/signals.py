@@ -174,12 +174,17 @@ def deferred() -> Iterator[Stop]:
     Raises:
         Stopped: there was one before or, in the end, nobody has acted upon it; not from within another `deferred`.
     """
-    former = _stop.deferred
-    if not former:
+    if not _stop.deferred:
         _stop.check()
-    _stop.deferred = True
-    try:
+    with _noted():
         yield _stop
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    former, _stop.deferred = _stop.deferred, True
+    try:
+        yield
     finally:
         _stop.deferred = former
     if not former:
@@ -210,7 +215,7 @@ def withheld() -> Iterator[None]:
     Raises:
         Stopped: there was one.
     """
-    with deferred():
+    with _noted():  # without asking at first: process 0 says farewell to the others after a signal, too
         former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             yield

@@ -11,8 +11,8 @@ import gym_pusht  # noqa: F401  (registers the environment)
 import gymnasium
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Shaped, UInt8
-from pymunk._chipmunk_cffi import lib as chipmunk
 
+from pusht_act.demos.chipmunk import advance
 from pusht_act.demos.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.demos.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
 from pusht_act.demos.workers import in_order
@@ -146,19 +146,19 @@ def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False)
     env = make_env()
     reset_to(env, start)
     count_no_contacts(env)
-    poses, images = np.empty((len(action) + 1, 5)), []
-    poses[0] = _pose(env)
-    for t, (x, y) in enumerate(action.tolist()):
+    images = []
+    poses = [np.array([[*env.agent.position, *env.block.position, env.block.angle]])]
+    for each in action[:, None] if image else action[None]:
         if image:
             images.append(picture(env))
-        advance(env, x, y)
-        poses[t + 1] = _pose(env)
-    covered = coverage_of_poses(poses[1:, 2:])
+        poses.append(advance(env, each))
+    states = np.concatenate(poses)
+    covered = coverage_of_poses(states[1:, 2:])
     done = np.zeros(len(action), np.bool_)
     done[-1] = True
     return Episode(
-        observation_state=poses[:-1, :2].astype(np.float32),
-        environment_state=_keypoints(env, poses[:-1]).astype(np.float32),
+        observation_state=states[:-1, :2].astype(np.float32),
+        environment_state=keypoints(corners_of(env), states[:-1, 2:]).astype(np.float32),
         image=np.stack(images) if image else None,
         action=action,
         coverage=covered,
@@ -184,29 +184,10 @@ def _replay_pair(image: bool, trajectory: tuple[Start, np.ndarray]) -> Episode:
     return replay(*trajectory, image)
 
 
-def _pose(env: Any) -> tuple[float, float, float, float, float]:
-    return (*env.agent.position, *env.block.position, env.block.angle)
-
-
 def count_no_contacts(env: Any) -> None:
     """After a reset: leave out gym-pusht's counting of contact points, which costs more than the physics."""
     for shape in env.space.shapes:
         shape.collision_type = 1  # the handler that counts is for type 0
-
-
-def advance(env: Any, x: float, y: float) -> None:
-    """The physics of PushTEnv.step, in its order of operations but on plain floats: the same states bit by bit.
-
-    pymunk's properties and its `Space.step` would take as long again as what they wrap.
-    """
-    body, space, dt, k_p, k_v = env.agent._body, env.space._space, env.dt, env.k_p, env.k_v
-    vx, vy = env.agent.velocity
-    for _ in range(int(1 / (dt * env.control_hz))):
-        at = chipmunk.cpBodyGetPosition(body)
-        vx += (k_p * (x - at.x) + k_v * (0 - vx)) * dt
-        vy += (k_p * (y - at.y) + k_v * (0 - vy)) * dt
-        chipmunk.cpBodySetVelocity(body, (vx, vy))
-        chipmunk.cpSpaceStep(space, dt)
 
 
 def picture(env: Any) -> UInt8[np.ndarray, "96 96 3"]:
@@ -236,11 +217,15 @@ def _pixels(env: Any, width: int, height: int) -> UInt8[np.ndarray, "H W 3"]:
     return picked
 
 
-def _keypoints(env: Any, poses: Float64[np.ndarray, "T 5"]) -> Float64[np.ndarray, "T 16"]:
-    """PushTEnv.get_keypoints for many poses at once."""
-    corners = np.array([vertex for shape in env._block_shapes for vertex in shape.get_vertices()])
-    cos = np.array([math.cos(angle) for angle in poses[:, 4]])[:, None]
-    sin = np.array([math.sin(angle) for angle in poses[:, 4]])[:, None]
-    x = corners[:, 0] * cos - corners[:, 1] * sin + poses[:, 2, None]
-    y = corners[:, 0] * sin + corners[:, 1] * cos + poses[:, 3, None]
+def corners_of(env: Any) -> Float64[np.ndarray, "8 2"]:
+    """The block's, in its own frame; those of a PushTEnv that has been reset."""
+    return np.array([vertex for shape in env._block_shapes for vertex in shape.get_vertices()])
+
+
+def keypoints(corners: Float64[np.ndarray, "8 2"], poses: Float64[np.ndarray, "T 3"]) -> Float64[np.ndarray, "T 16"]:
+    """PushTEnv.get_keypoints, the same bits, for many of the block's x, y (px) and angle (rad) at once."""
+    cos = np.array([math.cos(angle) for angle in poses[:, 2]])[:, None]
+    sin = np.array([math.sin(angle) for angle in poses[:, 2]])[:, None]
+    x = corners[:, 0] * cos - corners[:, 1] * sin + poses[:, 0, None]
+    y = corners[:, 0] * sin + corners[:, 1] * cos + poses[:, 1, None]
     return np.stack((x, y), axis=-1).reshape(len(poses), 16)
