@@ -162,6 +162,8 @@ def _check_precision(config: Config) -> None:
         raise ValueError(f"train.precision={precision} is unknown: give fp32 or bf16")
     if precision == "fp32" and config.policy.get("use_amp"):
         raise ValueError("train.precision=fp32 contradicts policy.use_amp=true, which is bf16: leave one of them out")
+    if config.train.fast_dropout and config.train.compile:
+        raise ValueError("train.fast_dropout=true: what is compiled has a dropout of its own, give train.compile=false")
 
 
 def _check_dagger(config: Config) -> None:

@@ -190,14 +190,15 @@ def reapply_options(
 def autocast(policy: ACTPolicy, precision: str | None = None) -> torch.autocast:
     """bfloat16 or not, as `precision` says; None: where LeRobot's `policy.use_amp` asks for it, as in evaluations."""
     device = torch.device(policy.config.device).type
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=_is_bf16(policy.config, precision))
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16(policy.config, precision))
 
 
 def emulates_bf16(config: ACTConfig, precision: str | None) -> bool:
     """Whether `precision`, as for `autocast`, is one that the device has no arithmetic for."""
     on_cpu = torch.device(str(config.device)).type == "cpu"
-    return on_cpu and _is_bf16(config, precision) and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return on_cpu and is_bf16(config, precision) and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _is_bf16(config: ACTConfig, precision: str | None) -> bool:
+def is_bf16(config: ACTConfig, precision: str | None) -> bool:
+    """Whether `precision`, as for `autocast`, is bfloat16."""
     return bool(config.use_amp) if precision is None else precision == "bf16"

@@ -19,6 +19,7 @@ chooses by timing: cuDNN its algorithms, the compiler the block sizes of its red
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from pusht_act.checkpoint import TrainingObjects
 from pusht_act.config import TrainConfig
 from pusht_act.data import Batch, Inputs, Samples
 from pusht_act.distributed import add_up, size
+from pusht_act.dropout import Dropout
 from pusht_act.policy import act_loss, autocast, counted
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,12 @@ Loss = Callable[..., tuple[Tensor, Losses]]
 
 
 def train_step(
-    objects: TrainingObjects, batch: Batch, grad_clip_norm: float, precision: str | None = None, loss: Loss = act_loss
+    objects: TrainingObjects,
+    batch: Batch,
+    grad_clip_norm: float,
+    precision: str | None = None,
+    loss: Loss = act_loss,
+    dropout: Dropout = nullcontext,
 ) -> Losses:
     """One optimizer step on a normalized batch; weights and optimizer stay as they are if it broke.
 
@@ -51,7 +58,7 @@ def train_step(
     """
     policy = objects.policy.train()
     batch, counts = _of_whole(batch)
-    with autocast(policy, precision):
+    with autocast(policy, precision), dropout():
         value, parts = loss(policy, batch, counts)
     value.backward()  # type: ignore[no-untyped-call]
     losses = {"loss": value.detach(), **parts}
@@ -94,9 +101,11 @@ class TrainStep:
         precision: str | None = None,
         loss: Loss = act_loss,
         recorder: Recorder | None = None,
+        dropout: Dropout = nullcontext,
     ) -> None:
         self._objects, self._samples, self._rows = objects, samples, batch_size
-        self._clip, self._precision, self._loss, self._recorder = grad_clip_norm, precision, loss, recorder
+        self._clip, self._precision, self._recorder = grad_clip_norm, precision, recorder
+        self._loss, self._dropout = loss, dropout
         self._device = torch.device(objects.policy.config.device)
         self._rates = [torch.zeros((), device=self._device) for _ in objects.optimizer.param_groups]
         self.batch: Callable[[Inputs], Batch] = self._batch
@@ -124,7 +133,7 @@ class TrainStep:
 
     def _plain_update(self, batch: Batch) -> Losses:
         loss = self._loss if len(batch["action_is_pad"]) == self._rows else act_loss  # compiled for one size alone
-        return train_step(self._objects, batch, self._clip, self._precision, loss)
+        return train_step(self._objects, batch, self._clip, self._precision, loss, self._dropout)
 
     def _recordable_update(self, batch: Batch) -> Losses:
         # Within self._device: LeRobot makes the latent of use_vae=false on the CPU, whose copy cannot be recorded.

@@ -30,6 +30,7 @@ from pusht_act.data import (
 )
 from pusht_act.distributed import Word, rank, size, tell
 from pusht_act.divergence import DivergedError, check
+from pusht_act.dropout import Dropout, dropout_of
 from pusht_act.evaluate import Evaluation
 from pusht_act.evaluations import due, evaluating, unevaluated
 from pusht_act.lerobot_config import LeRobotConfig
@@ -79,6 +80,7 @@ class Setup:
     data: Samples
     order: SampleOrder
     loss: Loss
+    dropout: Dropout
     held_out: Tensor
     """Frame numbers of the validation samples; empty without dataset.eval_split."""
     state: LoopState
@@ -137,7 +139,8 @@ def set_up(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None) -> 
         )
     cut_short = unevaluated(start, state, config.steps) if start is not None else None
     loss = loss_of(config.train, torch.device(str(lerobot.policy.device)))
-    return Setup(objects, data, order, loss, held_out, state, start, cut_short)
+    dropout = dropout_of(config.train, lerobot.policy)
+    return Setup(objects, data, order, loss, dropout, held_out, state, start, cut_short)
 
 
 def roll_back(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, diverged: DivergedError) -> Setup:
@@ -322,7 +325,9 @@ def make_step(config: Config, lerobot: LeRobotConfig, setup: Setup) -> TrainStep
     keep_freed_memory()
     recorder = recorder_of(config.train, torch.device(str(lerobot.policy.device)))
     clip, precision = lerobot.optimizer.grad_clip_norm, config.train.precision
-    return TrainStep(setup.objects, setup.data, config.batch_size // size(), clip, precision, setup.loss, recorder)
+    return TrainStep(
+        setup.objects, setup.data, config.batch_size // size(), clip, precision, setup.loss, recorder, setup.dropout
+    )
 
 
 def _validate(config: Config, setup: Setup, metrics: Metrics, step: int) -> None:

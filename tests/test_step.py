@@ -183,6 +183,7 @@ def test_precision_of_a_run_is_trainings_alone(tiny: Tiny, tmp_path: Path) -> No
     [
         (["train.precision=fp16"], "train.precision=fp16 is unknown: give fp32 or bf16"),
         (["train.precision=fp32", "+policy.use_amp=true"], "train.precision=fp32 contradicts policy.use_amp=true"),
+        (["train.fast_dropout=true", "train.compile=true"], "train.fast_dropout=true: .* give train.compile=false"),
         (
             ["dataset=pusht", "train.precision=bf16", "print_lerobot_command=true"],
             "train.precision=bf16 has no equivalent.*policy.use_amp=true",
