@@ -85,7 +85,7 @@ def test_when_a_run_has_it(tiny: Tiny, tmp_path: Path) -> None:
         way: losses(tiny(*DROPS, *given, f"output_dir={tmp_path / way}").output_dir) for way, given in ways.items()
     }
     assert found["fast"] != found["stock"]
-    assert found["fast"] == pytest.approx(found["stock"], rel=0.2)
+    assert found["fast"] == pytest.approx(found["stock"], rel=0.5)
     assert found["bf16"] == found["bf16 fast"]
     assert found["bf16"] != found["bf16 stock"]
 
