@@ -1,0 +1,52 @@
+"""Work shared out among processes: in order, not far ahead, and an end for all of them however it ends."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+
+from pusht_act.demos.workers import AHEAD, in_order
+
+
+def doubled(number: int) -> int:
+    return 2 * number
+
+
+def killed(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_results_come_in_order_and_work_is_begun_a_little_ahead(workers: int) -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    found = []
+    with closing(in_order(doubled, items(), workers, "")) as results:
+        for result in results:
+            found.append(result)
+            assert len(taken) <= len(found) + AHEAD * workers
+    assert found == [2 * number for number in range(20)]
+
+
+def test_a_killed_process_is_an_error_that_says_what_to_do() -> None:
+    found = []
+    with pytest.raises(OSError, match="a worker process was killed, perhaps for want of memory: try again"):
+        found.extend(in_order(killed, range(9), 2, "try again"))
+    assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_the_caller_who_has_enough() -> None:
+    with closing(in_order(doubled, range(9), 2, "")) as results:
+        assert next(results) == 0
+        assert len(multiprocessing.active_children()) == 2
+    assert not multiprocessing.active_children()
