@@ -22,6 +22,7 @@ from measure import record, told
 
 WAYS = {
     "bf16": ["train.precision=bf16"],
+    "fast dropout": ["train.fast_dropout=true"],
     "compiled": ["train.compile=true"],
     "bf16, compiled": ["train.precision=bf16", "train.compile=true"],
 }
