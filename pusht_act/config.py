@@ -169,8 +169,8 @@ class TrainConfig:
     """Compile the loss and its gradient to fused kernels, which takes a minute or more; null: on a GPU only. An epoch's
     last, short batch is not compiled. Dropout and VAE noise then draw other numbers."""
     fast_dropout: bool | None = MISSING
-    """Draw dropout's masks from 16 random bits an element: of a small ACT's step on a CPU a third. They are other ones
-    than stock's, of the same probability to 1e-5; null: with bf16 on a CPU only, unless compiled."""
+    """Draw dropout's masks from 16 random bits an element: a step on a CPU is a sixth to a fifth shorter. They are
+    other ones than stock's, of the same probability to 1e-5; null: with bf16 on a CPU only, unless compiled."""
     profile: bool = MISSING
     """Measure a few steps: a line says where their time goes, profile/trace.json in the run directory shows every
     operation (chrome://tracing and ui.perfetto.dev open it). All steps then wait for the device after each part, and

@@ -1,4 +1,4 @@
-"""Dropout at a fifth of the time (train.fast_dropout), for CPUs, where its masks take a third of a small ACT's step.
+"""Dropout at a fifth of the time (train.fast_dropout), for CPUs, where its masks take a quarter of a step and more.
 
 PyTorch's `bernoulli_` draws a number of its own for each element, 7 ns on one core. Here 64 random bits decide four.
 """
