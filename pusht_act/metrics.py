@@ -126,6 +126,8 @@ class Wandb:
 
     def __init__(self, config: Config, run: RunDir, run_id: str | None) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")  # its own banner; what matters is logged below
+        # Reports of its own faults to another host, which warn of each attempt where there is no network.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self.run_id, self._failed = run_id, True

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.forked import appears
 from pusht_act.cores import JOBS, cores
 from pusht_act.run_dir import RunDir
 from pusht_act.sweep import Job, jobs
@@ -36,9 +35,15 @@ class Launcher:
 
     def halted(self, *numbers: int) -> list[Job]:
         """Those jobs, each halted early in its training loop, however far apart they came to it."""
-        for number in numbers:
-            appears(self.folder / str(number) / "metrics.jsonl", '"step": 2,', seconds=240)
-            os.kill(jobs(self.folder)[number].holder["pid"], signal.SIGSTOP)
+        awaited, deadline = set(numbers), time.monotonic() + 240
+        while awaited:
+            for number in list(awaited):
+                metrics = self.folder / str(number) / "metrics.jsonl"
+                if metrics.exists() and '"step": 2,' in metrics.read_text():
+                    os.kill(jobs(self.folder)[number].holder["pid"], signal.SIGSTOP)
+                    awaited.remove(number)
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.002)
         return [job for job in jobs(self.folder) if job.state == "running"]
 
     @staticmethod

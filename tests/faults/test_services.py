@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.forked import Commands
 from pusht_act import metrics as metrics_module
 from pusht_act.metrics import Metrics
 from pusht_act.run_dir import RunDir
+from tests.conftest import tiny_command
 from tests.test_metrics import config, forget_settings, history, lines, nobody
 
 __all__ = ["nobody"]
@@ -152,15 +154,24 @@ def test_a_server_that_is_broken_from_the_start_puts_the_run_offline(
     assert [row["step"] for row in history(file)] == [1]
 
 
-def test_its_own_process_that_does_not_start_does_not_stop_a_run(
-    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_its_own_process_that_does_not_start_does_not_stop_a_run(commands: Commands, tmp_path: Path) -> None:
+    run, output = tmp_path / "run", tmp_path / "output"
+    environment = {
+        "WANDB__SERVICE_WAIT": "0.001",  # less than it needs
+        "WANDB_SENTRY_DSN": "http://key@127.0.0.1:9/1",  # where nobody takes W&B's report of it
+    }
+    arguments = tiny_command("wandb.enable=true", f"output_dir={run}")
+    assert commands.wait(commands.start(arguments, output, environment)) == 0
+    (warning,) = [line for line in output.read_text().splitlines() if "WARNING" in line]
+    assert "W&B: Failed to read port info" in warning
+    assert warning.endswith("the run goes on without it, metrics.jsonl has all of it")
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_run_whose_process_does_not_start_keeps_its_id(
+    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB__SERVICE_WAIT", "0.001")  # less than it needs
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "0.001")
     forget_settings(monkeypatch)
     with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, "former") as metrics:
-        metrics.log("train", {"loss": 0.5}, 1)
-    assert metrics.wandb_run_id == "former"
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "Failed to read port info" in warning
-    assert warning.endswith("the run goes on without it, metrics.jsonl has all of it")
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
+        assert metrics.wandb_run_id == "former"
