@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Int64
-from lerobot.datasets.sampler import compute_sampler_state
 from lerobot.envs.configs import PushtEnv
 from lerobot.utils.constants import ACTION, IMAGENET_STATS
 from torch import Tensor
@@ -166,6 +165,8 @@ class SampleOrder:
 
     def state_at(self, step: int, batch_size: int, num_processes: int = 1) -> dict[str, int]:
         """Where stock training stands after `step` steps; for its checkpoints, which do not record the position."""
+        from lerobot.datasets.sampler import compute_sampler_state  # not at the top, see lerobot_imports.py
+
         state: dict[str, int] = compute_sampler_state(step, len(self), batch_size, num_processes)
         return state
 

@@ -20,6 +20,7 @@ from pusht_act.going_on import directory, goes_on, newest_of_same, resumed, stop
 from pusht_act.inherit import inherit
 from pusht_act.integrity import MODEL
 from pusht_act.lerobot_command import lerobot_command
+from pusht_act.lerobot_imports import import_policies
 from pusht_act.lock import Lock, locked
 from pusht_act.overrides import check_overrides
 from pusht_act.pruning import Report
@@ -99,6 +100,7 @@ def follow() -> None:
     with listening():
         _, (config, start) = told()
 
+        import_policies()
         from pusht_act.following import set_up_together, train_along
         from pusht_act.lerobot_config import decode
 
@@ -162,6 +164,7 @@ def _train(
     if branches_off:
         check_unused(run.path, config.overwrite)
 
+    import_policies()
     from pusht_act.following import set_up_together
     from pusht_act.lerobot_config import decode
     from pusht_act.train import train
@@ -271,6 +274,7 @@ def _dagger(config: Config, overrides: list[str], choices: dict[str, str | None]
     from pusht_act.demos.collect import planner_options
 
     options = planner_options(config.demos)
+    import_policies()
     from pusht_act.dagger import dagger
 
     last = dagger(config, options, overrides, choices, lock, fresh)[-1]
@@ -287,6 +291,7 @@ def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str
     run = RunDir(Path(config.output_dir) if given or checkpoint.run is None else checkpoint.run)
     directory = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
     with environments(config.eval) as envs:  # their processes start while torch is imported
+        import_policies()
         from pusht_act.evaluate import evaluate
         from pusht_act.lerobot_config import decode_env, decode_policy
         from pusht_act.policy import load_policy, load_processors

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from pusht_act.checked import config_from
 from pusht_act.job import Result
 from pusht_act.main import CONFIG_DIR, _execute
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_command
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher")  # as config.register does; pytest undoes that
 SECONDS_TO_ANSWER = 1.5
@@ -75,6 +75,16 @@ def test_answers_without_torch_and_lerobot(arguments: list[str], tmp_path: Path)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "pusht_act.config" in imported
     assert {"torch", "lerobot", "gym_pusht", "wandb", "optuna"} & imported == set()
+
+
+def test_training_imports_no_hugging_face_datasets(tmp_path: Path) -> None:
+    code = (
+        "import sys, pusht_act; pusht_act.run(sys.argv[1:]); "
+        "print(sorted({'lerobot', 'datasets', 'pandas', 'lerobot.datasets'} & sys.modules.keys()))"
+    )
+    arguments = tiny_command("steps=1", f"output_dir={tmp_path / 'run'}")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "['lerobot']"
 
 
 def test_the_printed_configuration_is_the_composed_one(tmp_path: Path) -> None:
