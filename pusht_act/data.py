@@ -68,7 +68,7 @@ def _open_own(config: Config, lerobot: LeRobotConfig) -> Frames:
     if lerobot.dataset.repo_id == EMBEDDED_REPO_ID:
         from pusht_act.demos.frames import open_demos
 
-        return open_demos(config.demos.n_episodes, lerobot.env)
+        return open_demos(config.demos.n_episodes, lerobot.env, config.demos.mirror)
     from pusht_act.lerobot_dataset import open_frames
 
     frames = open_frames(lerobot.dataset)

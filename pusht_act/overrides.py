@@ -58,10 +58,12 @@ def _check_status(key: str, value: Any, mode: Mode) -> None:
 
 def _check_used(name: str, value: Any, cfg: DictConfig) -> None:
     """Refuse the option `name` of demos where nothing would read it."""
-    users = ["mode=demos"]
+    if name == "mirror" and cfg.mode is Mode.demos:
+        raise ValueError(f"demos.mirror={value} is for training on dataset=demos, not for mode=demos: leave it out")
+    users = ["mode=demos"] if name != "mirror" else []
     if name in PLANNER_OPTIONS:
         users.append("mode=dagger")
-    if name == "n_episodes":
+    if name in ("n_episodes", "mirror"):
         users.append("dataset=demos")
         if cfg.mode is Mode.resume or OmegaConf.select(cfg, "dataset.repo_id") == EMBEDDED_REPO_ID:
             return  # a resumed run's data set is not known yet

@@ -106,6 +106,8 @@ REFUSED = [
     ("++demos.speed=8", "demos.speed=8", "mode=demos"),
     ("demos={n_episodes:3,speed:8} dataset=demos", "demos.speed=8", "mode=demos"),
     ("demos.n_episodes=30", "demos.n_episodes=30", "mode=demos or dataset=demos"),
+    ("demos.mirror=true", "demos.mirror=True", "for dataset=demos: give that too"),
+    ("mode=demos dataset=demos demos.mirror=true", "demos.mirror=True", "not for mode=demos: leave it out"),
     ("mode=eval checkpoint=x demos.n_episodes=30", "demos.n_episodes=30", "mode=demos or dataset=demos"),
     ("+policy.input_features={}", "policy.input_features={}", "leave it out"),
     ("+policy.n_obs_steps=2", "policy.n_obs_steps=2", "leave it out"),
@@ -275,7 +277,7 @@ def test_the_table_is_long() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        "dataset=demos demos.n_episodes=3",
+        "dataset=demos demos.n_episodes=3 demos.mirror=true",
         "mode=resume demos.n_episodes=3",
         "mode=demos demos.n_episodes=3 demos.start_seed=3",
         "mode=dagger demos.coverage=0.98 demos.speed=8 demos.smoothness=2 demos.replan=1 demos.seed=3",

@@ -19,6 +19,7 @@ from pusht_act.cores import cores
 from pusht_act.demos import embedded
 from pusht_act.demos.demonstrator import Demonstration
 from pusht_act.demos.labels import Label
+from pusht_act.demos.mirror import with_mirror_images
 from pusht_act.demos.replay import Episode, replayed
 
 log = logging.getLogger(__name__)
@@ -33,20 +34,27 @@ FEATURES: dict[str, dict[str, Any]] = {
 """As in lerobot/pusht and lerobot/pusht_keypoints; pictures come straight from the renderer, with no video between."""
 
 
-def open_demos(count: int, env: PushtEnv) -> Frames:
+def open_demos(count: int, env: PushtEnv, mirror: bool = False) -> Frames:
     """The first `count` embedded demonstrations, with the observations that `env` gives.
+
+    Args:
+        mirror: whether each is followed by its mirror image, where that solves the task, too.
 
     Raises:
         ValueError: the embedded file is damaged, or a demonstration no longer solves the task when replayed.
     """
     image = env.obs_type == "pixels_agent_pos"
-    made_of = [embedded.SHA256, count, image, version("gym-pusht"), version("pymunk")]
+    made_of = [embedded.SHA256, count, image, version("gym-pusht"), version("pymunk"), *(["mirror"] if mirror else [])]
     key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:24]
-    return cached(EMBEDDED_REPO_ID, f"demos-{key}", partial(_build, embedded.load(count), image))
+    return cached(EMBEDDED_REPO_ID, f"demos-{key}", partial(_build, embedded.load(count), image, mirror))
 
 
-def _build(demonstrations: list[Demonstration], image: bool, allocate: Allocate) -> Contents:
-    log.info("replaying %d embedded demonstrations once%s", len(demonstrations), ", with pictures" if image else "")
+def _build(demonstrations: list[Demonstration], image: bool, mirror: bool, allocate: Allocate) -> Contents:
+    count, more = len(demonstrations), ", with pictures" if image else ""
+    if mirror:
+        demonstrations = list(with_mirror_images(demonstrations))
+        more = f" and {len(demonstrations) - count:,} of their mirror images{more}"
+    log.info("replaying %s embedded demonstrations%s once", f"{count:,}", more)
     bounds = _bounds(demonstrations)
     keys = ["observation.image" if image else "observation.environment_state", "observation.state", "action"]
     total = int(bounds[-1])
