@@ -152,8 +152,8 @@ def test_a_worker_has_neither_torch_nor_lerobot() -> None:
 
 
 def gone(pid: int) -> bool:
-    """Within ten seconds; a process that nobody has waited for is gone too."""
-    for _ in range(100):
+    """Within two minutes; a process that nobody has waited for is gone too."""
+    for _ in range(1200):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True

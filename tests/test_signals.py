@@ -32,7 +32,7 @@ SIGNALS = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.
 LONG = ["eval.n_episodes=25000", "eval.batch_size=50", "env.episode_length=300", "eval.workers=1"]
 """An evaluation of minutes."""
 SHORT = ["eval.n_episodes=50", "env.episode_length=12"]
-AT_ONCE_S = 10.0
+AT_ONCE_S = 30.0
 """What is at once on a loaded machine too, and less than what a signal must not wait for."""
 
 

@@ -49,7 +49,7 @@ def folder(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask(barrier: object, sound: object) -> None:
-    barrier.wait(30)  # type: ignore[attr-defined]
+    barrier.wait(300)  # type: ignore[attr-defined]
     sound.put(is_sound(opened(seconds=0.3)))  # type: ignore[attr-defined]
 
 
@@ -59,7 +59,7 @@ def ask_at_once() -> list[bool]:
     processes = [forked.Process(target=ask, args=(barrier, sound)) for _ in range(PROCESSES)]
     for process in processes:
         process.start()
-    answers = [sound.get(timeout=60) for _ in processes]
+    answers = [sound.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
     return answers
