@@ -222,7 +222,7 @@ class DemosConfig:
     n_episodes: int = MISSING
     """dataset=demos: how many of the embedded ones to replay and render (at most 2,000); mode=demos: to make."""
     mirror: bool = MISSING
-    """dataset=demos: each one's mirror image, too, where that solves the task; as good as twice as many."""
+    """dataset=demos: each one's mirror image, too, where that solves the task: nearly twice as many."""
     start_seed: int = MISSING
     """mode=demos: the first of the environment's reset seeds to start from; they go up by one, a start that is not
     solved is left out. Apart from those of evaluation (100,000 and 200,000 up) and of the embedded ones (1,000,000)."""

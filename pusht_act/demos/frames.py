@@ -52,7 +52,7 @@ def open_demos(count: int, env: PushtEnv, mirror: bool = False) -> Frames:
 def _build(demonstrations: list[Demonstration], image: bool, mirror: bool, allocate: Allocate) -> Contents:
     count, more = len(demonstrations), ", with pictures" if image else ""
     if mirror:
-        demonstrations = list(with_mirror_images(demonstrations))
+        demonstrations = list(with_mirror_images(tqdm(demonstrations, "mirroring", unit="demo", disable=None)))
         more = f" and {len(demonstrations) - count:,} of their mirror images{more}"
     log.info("replaying %s embedded demonstrations%s once", f"{count:,}", more)
     bounds = _bounds(demonstrations)

@@ -7,7 +7,7 @@ pixel off the middle, tip an episode the other way. So each is judged in gym-pus
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from jaxtyping import Float
@@ -27,7 +27,7 @@ def mirrored_angle(angle: float) -> float:
     return math.pi / 2 - angle
 
 
-def with_mirror_images(demonstrations: Sequence[Demonstration]) -> Iterator[Demonstration]:
+def with_mirror_images(demonstrations: Iterable[Demonstration]) -> Iterator[Demonstration]:
     """Each of them, and after it its mirror image if gym-pusht counts that as a success.
 
     Where noise was added, the image has what was carried out reflected, and the clean labels.
