@@ -71,7 +71,7 @@ def serve() -> None:
     """Answer `Commands` until it closes its end."""
     import optuna  # noqa: F401
 
-    import pusht_act.dagger
+    import pusht_act.train
     from pusht_act.demos.coverage import coverage_of_poses
 
     # What else is slow the first time: Hydra's search for plugins, and what numba has compiled.

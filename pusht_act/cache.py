@@ -1,6 +1,6 @@
 """Data sets decoded once into memory-mapped arrays, outside the project, shared by every run on the machine.
 
-    LeRobotDataset v3.0 (parquet + mp4)  or  the embedded demonstrations  (and DAgger's labels after either)
+    LeRobotDataset v3.0 (parquet + mp4)  or  the embedded demonstrations
         -> <cache>/<content hash>/observation.image.npy  action.npy  ...  meta.json
         -> Frames (np.memmap: pages are read on demand and shared between processes)
 
@@ -52,8 +52,6 @@ class Frames:
     fps: int
     key: str = ""
     """What `cached` stores them under, a hash of their content; empty for frames that were made otherwise."""
-    n_labels: int = 0
-    """How many episodes at the end are labels of DAgger (demos/labels.py) and not the data set's own."""
 
     def __len__(self) -> int:
         return int(self.episodes[-1, 1])

@@ -15,14 +15,14 @@ POSITIVE = (
     *(f"policy.{key}" for key in ("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward")),
     *(f"policy.{key}" for key in ("latent_dim", "n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers")),
     *("env.episode_length", "env.fps", "env.visualization_width", "env.visualization_height"),
-    *("scheduler.num_decay_steps", "dagger.rounds", "dagger.n_rollouts", "sweep.max_tries"),
+    *("scheduler.num_decay_steps", "sweep.max_tries"),
 )
 NOT_NEGATIVE = (
     *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed"),
     *("eval.n_videos", "eval.workers"),
     *("checkpoints.keep_last", "checkpoints.keep_every", "train.max_nonfinite"),
     *("train.max_rollbacks", "status.every"),
-    *("demos.start_seed", "demos.workers", "dagger.start_seed", "dagger.workers"),
+    *("demos.start_seed", "demos.workers"),
     *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
     *("optimizer.grad_clip_norm", "optimizer.eps", "scheduler.decay_lr"),
 )
@@ -152,8 +152,6 @@ def _check_mode(config: Config) -> None:
         raise ValueError(f"policy.{key}={config.policy[key]}: features are taken from the data set, leave it out")
     if config.mode in TRAINING_AFRESH and config.train.profile and config.steps < PROFILED_STEPS:
         raise ValueError(f"steps={config.steps} are too few for train.profile=true: give {PROFILED_STEPS} or more")
-    if config.mode is Mode.dagger:
-        _check_dagger(config)
 
 
 def _check_precision(config: Config) -> None:
@@ -164,20 +162,6 @@ def _check_precision(config: Config) -> None:
         raise ValueError("train.precision=fp32 contradicts policy.use_amp=true, which is bf16: leave one of them out")
     if config.train.fast_dropout and config.train.compile:
         raise ValueError("train.fast_dropout=true: what is compiled has a dropout of its own, give train.compile=false")
-
-
-def _check_dagger(config: Config) -> None:
-    dagger, evaluated = config.dagger, config.eval
-    if not config.save_checkpoint:
-        raise ValueError("save_checkpoint=false: a round of mode=dagger begins from the one before it, leave it out")
-    if dagger.labels:
-        raise ValueError(f"dagger.labels={dagger.labels}: mode=dagger makes its own, leave it out")
-    stop = dagger.start_seed + dagger.rounds * dagger.n_rollouts
-    if dagger.start_seed < evaluated.start_seed + evaluated.n_episodes and evaluated.start_seed < stop:
-        raise ValueError(
-            f"dagger.start_seed={dagger.start_seed}: the policy would be trained on starts that it is evaluated on "
-            f"(eval.start_seed={evaluated.start_seed}), give another such as 3000000"
-        )
 
 
 def _check_dataset(config: Config) -> None:

@@ -27,7 +27,6 @@ class Mode(Enum):
     resume = "resume"
     eval = "eval"
     demos = "demos"
-    dagger = "dagger"
     status = "status"
 
 
@@ -95,7 +94,7 @@ class SamplerConfig:
 
 @dataclass
 class PrunerConfig:
-    """Which trials end early, by their evaluations in training; mode=dagger has none to go by."""
+    """Which trials end early, by their evaluations in training."""
 
     kind: Pruner = MISSING
     """median: a trial whose best evaluation so far is worse than the median, at that step, of the trials that were not
@@ -250,25 +249,6 @@ class DemosConfig:
 
 
 @dataclass
-class DaggerConfig:
-    """`mode=dagger`: rounds of training, each on the labels of what the policy before it ran into, too."""
-
-    rounds: int = MISSING
-    """Rounds with new labels, after the first training, which has none; each trains `steps` steps from the weights of
-    the one before. More may be asked for later."""
-    n_rollouts: int = MISSING
-    """Episodes that the policy runs a round; the state at each of its decisions is labelled."""
-    start_seed: int = MISSING
-    """The first of the environment's reset seeds; each round takes the next n_rollouts. Apart from those of evaluation
-    (100,000 and 200,000 up), of the embedded demonstrations (1,000,000) and of mode=demos (2,000,000)."""
-    workers: int = MISSING
-    """Labelling processes; 0: as many as there are cores. Part of the time, not of the result."""
-    labels: list[str] = MISSING
-    """Folders labels/round-N of a mode=dagger to train on after the data set; mode=dagger fills it in for its rounds.
-    Normalization takes the statistics of the data set alone."""
-
-
-@dataclass
 class Config:
     """One job."""
 
@@ -277,7 +257,7 @@ class Config:
     seed: int = MISSING
     """Of initialisation, data order, dropout and VAE noise (see seeding.py); not of the evaluation's environments."""
     steps: int = MISSING
-    """Optimizer steps of the whole run, those before a resume included; in mode=dagger, of each round."""
+    """Optimizer steps of the whole run, those before a resume included."""
     batch_size: int = MISSING
     """Samples of one step; with several processes (torchrun) of all together, so it is a multiple of their number."""
     log_freq: int = MISSING
@@ -311,7 +291,6 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
-    dagger: DaggerConfig = field(default_factory=DaggerConfig)
     policy: dict[str, Any] = MISSING
     """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""
     env: dict[str, Any] = MISSING
@@ -326,9 +305,7 @@ class Config:
 
 PROFILED_STEPS = 25
 """Those that train.profile measures: the first of a run."""
-PLANNER_OPTIONS = ("coverage", "speed", "smoothness", "replan", "seed")
-"""Fields of demos that mode=dagger asks its demonstrator for too; the others are mode=demos's alone."""
-TRAINING_AFRESH = (Mode.test, Mode.full, Mode.dagger)
+TRAINING_AFRESH = (Mode.test, Mode.full)
 """Modes that begin with new weights, or with those of policy.pretrained_path."""
 EMBEDDED_REPO_ID = "pusht_act/demos"
 MAX_DEMOS = 2000

@@ -18,7 +18,6 @@ import math
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,24 +46,11 @@ PICTURES_SHARE = 0.5
 
 
 def open_dataset(config: Config, lerobot: LeRobotConfig) -> Frames:
-    """The frames that `dataset` names, and after them those of `dagger.labels`.
+    """The frames that `dataset` names: LeRobot's format, or the embedded demonstrations as `env` observes them.
 
     Raises:
-        ValueError: the data set lacks what `env` observes, or has what it does not; or labels are missing.
+        ValueError: the data set lacks what `env` observes, or has what it does not.
     """
-    frames = _open_own(config, lerobot)
-    if config.dagger.labels:
-        from pusht_act.demos.frames import with_labels
-        from pusht_act.demos.labels import read_labels
-
-        # One after the other: a later round finds most of it made.
-        for folder in config.dagger.labels:
-            frames = with_labels(frames, read_labels(Path(folder)))
-    return frames
-
-
-def _open_own(config: Config, lerobot: LeRobotConfig) -> Frames:
-    """LeRobot's format, or the embedded demonstrations as `env` observes them."""
     if lerobot.dataset.repo_id == EMBEDDED_REPO_ID:
         from pusht_act.demos.frames import open_demos
 
@@ -102,17 +88,13 @@ def normalization_stats(frames: Frames, use_imagenet_stats: bool) -> dict[str, d
 
 
 def split_episodes(frames: Frames, episodes: list[int] | None, eval_split: float) -> tuple[list[int], list[int]]:
-    """(training, held-out) episodes: as in stock, the last ceil(n * eval_split) of each task are held out.
-
-    Both options choose among the data set's own; labels are all trained on, so that the held-out stay the same.
-    """
-    total = len(frames.episodes) - frames.n_labels
-    labels = list(range(total, len(frames.episodes)))
+    """(training, held-out) episodes: as in stock, the last ceil(n * eval_split) of each task are held out."""
+    total = len(frames.episodes)
     chosen = list(range(total)) if episodes is None else episodes
     if outside := [e for e in chosen if e >= total]:
         raise ValueError(f"dataset.episodes={outside} are not in {frames.repo_id}: it has 0 to {total - 1}")
     if not eval_split:
-        return chosen + labels, []
+        return chosen, []
     by_task: dict[str, list[int]] = {}
     for episode in chosen:
         by_task.setdefault(frames.tasks[episode], []).append(episode)
@@ -124,7 +106,7 @@ def split_episodes(frames: Frames, episodes: list[int] | None, eval_split: float
         held_out += group[cut:]
     if not train:
         raise ValueError(f"dataset.eval_split={eval_split} leaves none of {len(chosen)} episodes to train on: lower it")
-    return train + labels, held_out
+    return train, held_out
 
 
 class SampleOrder:

@@ -24,7 +24,7 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from tqdm import tqdm
 
 from pusht_act.config import EvalConfig
-from pusht_act.environments import Environments, Episode, Recording, State, Task, Turn
+from pusht_act.environments import Environments, Episode, Recording, Task, Turn
 from pusht_act.policy import Processors, autocast
 from pusht_act.signals import begin, wait_for
 from pusht_act.statistics import wilson_interval
@@ -37,8 +37,6 @@ class Rollout:
     episodes: list[Episode] = field(default_factory=list)
     actions: list[Float32[np.ndarray, "B N 2"]] = field(default_factory=list)
     """What the policy chose each time; an episode that has ended carries none of it out."""
-    decisions: list[list[State]] = field(default_factory=list)
-    """By episode, the states in which the policy looked and chose its next actions."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,6 @@ class Evaluation:
     seconds: float
     video_paths: list[Path] = field(default_factory=list)
     film_strip: Path | None = None
-    decisions: list[list[State]] = field(default_factory=list)
-    """As in `Rollout`."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -110,12 +106,9 @@ def rollout(
     """
     policy.eval()
     policy.reset()
-    result = Rollout(decisions=[[] for _ in seeds])
+    result = Rollout()
     turns = envs.reset(task, seeds, [*recordings, *[None] * (len(seeds) - len(recordings))])
     while any(turn.running for turn in turns):
-        for states, turn in zip(result.decisions, turns, strict=True):
-            if turn.running:
-                states.append(turn.state)
         actions = _chosen(policy, processors, turns)
         result.actions.append(actions)
         turns = envs.carry_out(actions)
@@ -236,8 +229,7 @@ def _evaluated(
     # The last batch is filled up to its size: a smaller one would round differently.
     n = config.n_episodes
     episodes = [replace(each, episode_ix=i) for i, each in enumerate([e for p in parts for e in p.episodes][:n])]
-    decisions = [states for part in parts for states in part.decisions][:n]
-    return Evaluation(episodes, time.perf_counter() - start, decisions=decisions)
+    return Evaluation(episodes, time.perf_counter() - start)
 
 
 class _Progress:

@@ -1,4 +1,4 @@
-"""Where a job goes on from: mode=resume where it is told to, resume.auto=true and mode=dagger from the same job's work.
+"""Where a job goes on from: mode=resume where it is told to, resume.auto=true from the same job's work.
 
 Imports neither torch nor lerobot.
 """
@@ -28,14 +28,12 @@ from pusht_act.run_dir import (
 
 log = logging.getLogger(__name__)
 
-FREE_IN_DAGGER = (
+FREE = (
     *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "wandb.", "checkpoints.", "train.profile"),
-    *("eval.n_videos", "eval.workers", "eval.background", "dagger.rounds", "dagger.workers"),
-    *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume.", "sweep.", "cluster."),
+    *("eval.n_videos", "eval.workers", "eval.background"),
+    *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume.", "sweep.", "cluster.", "mode", "steps"),
 )
-"""Keys that a mode=dagger may go on with another value of: none decides what a round comes to."""
-FREE = (*FREE_IN_DAGGER, "mode", "steps")
-"""The same for resume.auto."""
+"""Keys that resume.auto may go on with another value of: none decides what the run comes to."""
 
 
 def directory(cfg: DictConfig, overrides: list[str]) -> Path:
@@ -103,25 +101,6 @@ def newest_of_same(config: Config, run: RunDir) -> Checkpoint | None:
 def stopped_before_its_first_checkpoint(run: RunDir) -> bool:
     """Whether `run` is that of a mode=test or mode=full that came to nothing worth keeping."""
     return not run.has_checkpoints() and run.configuration().get("mode") in (Mode.test.value, Mode.full.value)
-
-
-def goes_on(config: Config, run: RunDir) -> bool:
-    """Whether `run` is a mode=dagger of this very configuration, as far as that decides the result.
-
-    Raises:
-        ValueError: it is one of another configuration.
-    """
-    begun = run.configuration()
-    if begun.get("mode") != Mode.dagger.value:
-        return False
-    for key, was, now in _differences(begun, config, FREE_IN_DAGGER):
-        if config.overwrite:
-            return False
-        raise ValueError(
-            f"{key}={now}: the rounds in output_dir={run.path} were made with {key}={was}; "
-            f"give {key}={was}, another output_dir=, or overwrite=true to move them aside"
-        )
-    return True
 
 
 def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:

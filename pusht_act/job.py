@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from pusht_act.checked import check_processes, check_share, config_from
 from pusht_act.config import TRAINING_AFRESH, Config, Mode, plain
 from pusht_act.distributed import Lost, Word, size, tell, together, told
-from pusht_act.going_on import directory, goes_on, newest_of_same, resumed, stopped_before_its_first_checkpoint
+from pusht_act.going_on import directory, newest_of_same, resumed, stopped_before_its_first_checkpoint
 from pusht_act.inherit import inherit
 from pusht_act.integrity import MODEL
 from pusht_act.lerobot_command import lerobot_command
@@ -88,8 +88,6 @@ def execute(
         return _demonstrate(checked, overrides)
     with locked(directory(cfg, overrides)) as lock:
         config, start = _decided(cfg, overrides, choices)
-        if cfg.mode is Mode.dagger:
-            return _dagger(config, overrides, choices, lock)
         return _train(config, start, overrides, choices, lock, report)
 
 
@@ -263,23 +261,6 @@ def _push(config: Config, checkpoint: Checkpoint, metrics: dict[str, float], ove
         from pusht_act.hub import push
 
         log.info("pushed to %s", push(config, checkpoint.directory, metrics, command_line(overrides)))
-
-
-def _dagger(config: Config, overrides: list[str], choices: dict[str, str | None], lock: Lock) -> Result:
-    _check_can_push(config)
-    run = RunDir(Path(config.output_dir))
-    fresh = not goes_on(config, run)
-    if fresh:
-        check_unused(run.path, config.overwrite, remedy="give another job_name= or output_dir=")
-    from pusht_act.demos.collect import planner_options
-
-    options = planner_options(config.demos)
-    import_policies()
-    from pusht_act.dagger import dagger
-
-    last = dagger(config, options, overrides, choices, lock, fresh)[-1]
-    _push(config, last.checkpoint, last.metrics, overrides)
-    return Result(run.path, config.steps, last.metrics, last.checkpoint.directory)
 
 
 def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str]) -> Result:

@@ -34,8 +34,6 @@ def lerobot_command(config: Config, checkpoint: Checkpoint | None = None) -> str
             program, flags = "lerobot-train", _resume_flags(config, checkpoint)
         case Mode.test | Mode.full:
             program, flags = "lerobot-train", _train_flags(config) | _optimizer_flags(config)
-        case Mode.dagger:
-            raise ValueError("print_lerobot_command=true: LeRobot has no DAgger, leave it out")
         case Mode.demos:
             raise ValueError("print_lerobot_command=true: LeRobot makes no demonstrations of PushT, leave it out")
     words = [f"--{key}={_text(value)}" for key, value in flags.items()]
@@ -49,8 +47,6 @@ def _train_flags(config: Config) -> dict[str, Any]:
             f"dataset.repo_id={EMBEDDED_REPO_ID} is embedded in this package, lerobot-train cannot read it: "
             "give dataset=pusht or dataset.root=PATH"
         )
-    if config.dagger.labels:
-        raise ValueError(f"dagger.labels={config.dagger.labels}: lerobot-train cannot read them, leave them out")
     if path := config.policy.get("pretrained_path"):
         raise ValueError(
             f"policy.pretrained_path={path} has no equivalent: lerobot-train takes the statistics of the data set in "

@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.config import EMBEDDED_REPO_ID, PLANNER_OPTIONS, TRAINING_AFRESH, Mode
+from pusht_act.config import EMBEDDED_REPO_ID, TRAINING_AFRESH, Mode
 from pusht_act.inherit import parsed
 
 
@@ -30,11 +30,9 @@ def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             raise ValueError(f"{key}={value} is for a sweep: give -m too, or leave it out")
         if section == "resume" and name == "auto" and cfg.mode not in (Mode.test, Mode.full):
             raise ValueError(
-                f"{key}={value} is for mode=test and mode=full, mode=resume and mode=dagger go on anyway: leave it out"
+                f"{key}={value} is for mode=test and mode=full, mode=resume goes on anyway: leave it out"
             )
         trains = cfg.mode is Mode.resume or cfg.mode in TRAINING_AFRESH
-        if section == "dagger" and cfg.mode is not Mode.dagger and not (name == "labels" and trains):
-            raise ValueError(f"{key}={value} is for mode=dagger: give that too, or leave it out")
         if section in ("train", "checkpoints") and not trains:
             raise ValueError(f"{key}={value} is for training, which mode={cfg.mode.value} does not do: leave it out")
         if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
@@ -61,8 +59,6 @@ def _check_used(name: str, value: Any, cfg: DictConfig) -> None:
     if name == "mirror" and cfg.mode is Mode.demos:
         raise ValueError(f"demos.mirror={value} is for training on dataset=demos, not for mode=demos: leave it out")
     users = ["mode=demos"] if name != "mirror" else []
-    if name in PLANNER_OPTIONS:
-        users.append("mode=dagger")
     if name in ("n_episodes", "mirror"):
         users.append("dataset=demos")
         if cfg.mode is Mode.resume or OmegaConf.select(cfg, "dataset.repo_id") == EMBEDDED_REPO_ID:

@@ -151,17 +151,14 @@ def _percent(value: float | None) -> str:
 
 
 def progress(path: Path) -> Progress:
-    """How far the run in `path` has come; a mode=dagger over all of its rounds, its scores those of the newest."""
+    """How far the run in `path` has come."""
     config = _text(path / "config.yaml")
     steps, batch_size = _number(config, "steps"), _number(config, "batch_size")
-    rounds = len(list(path.glob("round-*")))
-    run = RunDir(path / f"round-{rounds - 1}" if rounds else path)
+    run = RunDir(path)
     measured = _measured_now(run.metrics)
     saved = Path(os.path.realpath(run.checkpoints / "last")).name  # resolve() raises at a link to itself
     known = [measured.step, int(saved) if saved.isdigit() else None, None if steps is None else 0]
     step = max((each for each in known if each is not None), default=None)
-    if rounds and step is not None and steps is not None:
-        step, steps = step + (rounds - 1) * steps, steps * (1 + (_number(config, "  rounds") or 0))
     rate = measured.rate / batch_size if measured.rate is not None and batch_size else None
     return replace(measured, step=step, steps=steps, rate=rate)
 

@@ -1,4 +1,4 @@
-"""Demonstrations of PushT, judged by gym-pusht itself, and labels for any state."""
+"""Demonstrations of PushT, judged by gym-pusht itself."""
 
 import struct
 from collections.abc import Callable, Sequence
@@ -76,41 +76,6 @@ def demonstrate(start: Start, options: PlannerOptions | None = None) -> Demonstr
             break
     last = int(np.argmax(covered))
     return Demonstration(start, wanted[: last + 1].copy(), executed[: last + 1].copy(), covered[last], solved[last])
-
-
-def label(
-    state: Sequence[float] | np.ndarray, options: PlannerOptions | None = None, length: int = 16
-) -> Float32[np.ndarray, "T 2"]:
-    """What the demonstrator would do from `state`: the next `length` actions in px, fewer if that solves it.
-
-    It is a pure function of its arguments and runs in the simulator only; noise in `options` is ignored. Every state
-    gets the same random numbers, so that neighbours get like labels: a policy that was stuck has seen many of them, and
-    the mean of labels that disagree is to stay where it is.
-
-    Args:
-        state: agent x, y, block x, y (px), block angle (rad), and optionally the agent's velocity x, y (px/s), which
-            PushTEnv reports as `info["vel_agent"]`; without it the agent is taken to be at rest.
-
-    Raises:
-        ValueError: `state` has neither 5 nor 7 finite numbers or lies outside the arena, or `length` is below 1.
-    """
-    options = replace(options or PlannerOptions(), noise=0.0)
-    if len(state) not in (5, 7) or not np.isfinite(state).all():
-        raise ValueError(f"state={state}: give agent x, y, block x, y, block angle, and no or two agent velocities")
-    if length < 1:
-        raise ValueError(f"length={length}: ask for at least 1 action")
-    pose = check_state(state)
-    velocity = (float(state[5]), float(state[6])) if len(state) == 7 else (0.0, 0.0)
-    now, contacts = new_state(np.array(pose), velocity), new_contacts()
-    previous = np.clip(np.array(pose[:2]) + LAG * np.array(velocity), 0.0, ARENA)
-    planner = Planner(options, (), previous)
-    actions: list[np.ndarray] = []
-    while len(actions) < length:
-        actions.append(planner.next_action(now))
-        step(now, contacts, *actions[-1])
-        if coverage(now) > options.coverage:
-            break
-    return np.array(actions, np.float32)
 
 
 def demonstrate_many(

@@ -1,10 +1,9 @@
-"""The embedded demonstrations as a data set, and DAgger's labels after it: replayed and rendered at first use."""
+"""The embedded demonstrations as a data set: replayed and rendered at first use."""
 
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +17,6 @@ from pusht_act.config import EMBEDDED_REPO_ID
 from pusht_act.cores import cores
 from pusht_act.demos import embedded
 from pusht_act.demos.demonstrator import Demonstration
-from pusht_act.demos.labels import Label
 from pusht_act.demos.mirror import with_mirror_images
 from pusht_act.demos.replay import Episode, replayed
 
@@ -79,50 +77,7 @@ def _build(demonstrations: list[Demonstration], image: bool, mirror: bool, alloc
     )
 
 
-def with_labels(frames: Frames, labels: list[Label]) -> Frames:
-    """`frames` and after them the labels, each an episode, observed as `frames` are; statistics stay those of `frames`.
-
-    Raises:
-        ValueError: the pictures of `frames` have another size than the environment's.
-        OSError: the disk has no room for both.
-    """
-    if not labels:
-        return frames
-    digest = hashlib.sha256(repr([frames.key, version("gym-pusht"), version("pymunk")]).encode())
-    for label in labels:
-        digest.update(np.array(label.start).tobytes())
-        digest.update(label.action.tobytes())
-    build = partial(_append, frames, labels)
-    both = cached(frames.repo_id, f"labels-{digest.hexdigest()[:24]}", build)
-    return replace(both, n_labels=frames.n_labels + len(labels))
-
-
-def _append(frames: Frames, labels: list[Label], allocate: Allocate) -> Contents:
-    bounds = len(frames) + _bounds(labels)
-    image = "observation.image" in frames.arrays
-    log.info("replaying %s labels once%s", f"{len(labels):,}", ", with pictures" if image else "")
-    arrays: dict[str, np.ndarray] = {}
-    for key, array in frames.arrays.items():
-        wanted = (3, 96, 96) if key.endswith("image") else tuple(FEATURES[key]["shape"])
-        if array.shape[1:] != wanted:
-            raise ValueError(
-                f"dataset {frames.repo_id}: {key} has shape {array.shape[1:]}, gym-pusht gives {wanted}: take a data "
-                "set of the environment's, such as dataset=demos"
-            )
-        arrays[key] = allocate(key, (int(bounds[-1]), *wanted), array.dtype.name)
-        arrays[key][: len(frames)] = array
-    for i, episode in _replayed(labels, image):
-        _put(arrays, slice(bounds[i], bounds[i + 1]), episode)
-    return Contents(
-        episodes=np.concatenate([frames.episodes, np.stack([bounds[:-1], bounds[1:]], axis=1)]),
-        tasks=frames.tasks + [TASK] * len(labels),
-        features=frames.features,
-        stats=frames.stats,
-        fps=frames.fps,
-    )
-
-
-def _bounds(trajectories: Sequence[Demonstration | Label]) -> np.ndarray:
+def _bounds(trajectories: Sequence[Demonstration]) -> np.ndarray:
     """The first frame of each, and the one after the last."""
     return np.concatenate([[0], np.cumsum([len(each.action) for each in trajectories])])
 
@@ -136,7 +91,7 @@ def _put(arrays: dict[str, np.ndarray], rows: slice, episode: Episode) -> None:
         arrays["observation.image"][rows] = episode.image.transpose(0, 3, 1, 2)
 
 
-def _replayed(trajectories: Sequence[Demonstration | Label], image: bool) -> Iterator[tuple[int, Episode]]:
+def _replayed(trajectories: Sequence[Demonstration], image: bool) -> Iterator[tuple[int, Episode]]:
     """Each with its number, in order."""
     pairs = [(each.start, each.action) for each in trajectories]
     with closing(replayed(pairs, image, cores())) as episodes:
