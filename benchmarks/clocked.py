@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-OURS = "pusht-act"
+METADATA_FILE = "pusht-act"
 LOOPS = ("compute", "eager")
 MB = 1 << 20
 WAIT_S = 120  # for the one who reads the memory
@@ -80,14 +80,14 @@ def main() -> None:
         _repeat_data(options["episodes"])
     if options.get("timed"):
         _time_evaluation(Path(options["report"]), options["videos"])
-    script = Path(sys.executable).with_name(OURS if program in LOOPS else program)
+    script = Path(sys.executable).with_name(METADATA_FILE if program in LOOPS else program)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def _tick_after_steps(program: str, clock: Clock) -> None:
-    if program in (OURS, "compute"):
-        from pusht_act.step import TrainStep
+    if program in (METADATA_FILE, "compute"):
+        from pusht_act.training.train_step import TrainStep
 
         step = TrainStep.__call__
 
@@ -105,16 +105,16 @@ def _tick_after_steps(program: str, clock: Clock) -> None:
 
 def _replace_loop(name: str) -> None:
     """Everything up to the loop is our command's own: data, policy, optimizer."""
-    import pusht_act.train
+    import pusht_act.training.trainer
 
-    pusht_act.train.train = {"compute": _compute, "eager": _eager}[name]
+    pusht_act.training.trainer.train = {"compute": _compute, "eager": _eager}[name]
 
 
 def _compute(config: Any, lerobot: Any, setup: Any, *_: Any) -> None:
-    from pusht_act.train import make_step
+    from pusht_act.training.build import make_step
 
     take_step = make_step(config, lerobot, setup)
-    batch = take_step.batch(next(setup.data.in_order(setup.order, config.batch_size)))
+    batch = take_step.batch(next(setup.data.iter_batches(setup.order, config.batch_size)))
     for _ in range(config.steps):
         take_step(batch)
     sys.exit()
@@ -148,18 +148,18 @@ def _repeat_data(episodes: int) -> None:
     """Give our loop the data set over and over until it has so many episodes, from the cache like any other."""
     import numpy as np
 
-    import pusht_act.train
-    from pusht_act.cache import Allocate, Contents, Frames, cache_root, cached
+    import pusht_act.training.trainer
+    from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, cache_root, load_or_build
 
-    open_dataset = pusht_act.train.open_dataset
+    open_dataset = pusht_act.training.trainer.open_dataset
 
-    def repeated(config: Any, lerobot: Any) -> Frames:
+    def repeated(config: Any, lerobot: Any) -> FrameDataset:
         frames = open_dataset(config, lerobot)
         which = np.arange(episodes) % len(frames.episodes)
         lengths = np.diff(frames.episodes, axis=1).ravel()[which]
         ends = np.cumsum(lengths)
 
-        def build(allocate: Allocate) -> Contents:
+        def build(allocate: Allocate) -> BuiltDataset:
             needed = sum(array.nbytes for array in frames.arrays.values()) / len(frames) * int(ends[-1])
             free = shutil.disk_usage(cache_root()).free
             if needed > free / 2:  # the disk is not for a benchmark to fill
@@ -168,7 +168,7 @@ def _repeat_data(episodes: int) -> None:
                 out = allocate(key, (int(ends[-1]), *array.shape[1:]), array.dtype.name)
                 for start in range(0, len(out), len(array)):
                     out[start : start + len(array)] = array[: len(out) - start]
-            return Contents(
+            return BuiltDataset(
                 episodes=np.stack([ends - lengths, ends], axis=1),
                 tasks=[frames.tasks[episode] for episode in which],
                 features=frames.features,
@@ -176,9 +176,9 @@ def _repeat_data(episodes: int) -> None:
                 fps=frames.fps,
             )
 
-        return cached(frames.repo_id, f"repeated-{frames.key}-{episodes}", build)
+        return load_or_build(frames.repo_id, f"repeated-{frames.key}-{episodes}", build)
 
-    pusht_act.train.open_dataset = repeated
+    pusht_act.training.trainer.open_dataset = repeated
 
 
 def _time_evaluation(report: Path, videos: bool) -> None:

@@ -74,7 +74,7 @@ def agreement(ours: Episodes, theirs: Episodes) -> dict[str, Any]:
     same = sum(a[0] == b[0] for a, b in zip(ours, theirs, strict=True))
     return {
         "same success": f"{same} of {len(ours)}",
-        "max reward differs by": max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True)),
+        "max reward verify_manifest by": max(abs(a[1] - b[1]) for a, b in zip(ours, theirs, strict=True)),
         "sum of rewards by": max(abs(a[2] - b[2]) for a, b in zip(ours, theirs, strict=True)),
     }
 

@@ -71,8 +71,8 @@ def serve() -> None:
     """Answer `Commands` until it closes its end."""
     import optuna  # noqa: F401
 
-    import pusht_act.train
-    from pusht_act.demos.coverage import coverage_of_poses
+    import pusht_act.training.trainer
+    from pusht_act.envs.coverage import coverage_of_poses
 
     # What else is slow the first time: Hydra's search for plugins, and what numba has compiled.
     with redirect_stdout(io.StringIO()):

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from pusht_act import capture
-from pusht_act import step as step_module
-from pusht_act.data import SampleOrder, Samples
+from pusht_act.data.loader import BatchLoader
+from pusht_act.data.sampler import EpisodeSampler
+from pusht_act.training import cuda_graphs as capture
+from pusht_act.training import train_step as step_module
 
 BATCH, STEPS = 8, 12
 
@@ -70,20 +71,20 @@ def _captured(suite: Any, precision: str) -> str:
 def _resumed(suite: Any) -> str:
     """Stopped in the midst of replays and captured anew: weights, moments, order and random numbers go on."""
     whole, parts = suite.objects(), suite.objects()
-    samples = Samples(suite.frames, suite.config.chunk_size, suite.args.device)
-    orders = [SampleOrder(suite.frames, list(range(10)), 0) for _ in range(2)]
+    samples = BatchLoader(suite.frames, suite.config.chunk_size, suite.args.device)
+    orders = [EpisodeSampler(suite.frames, list(range(10)), 0) for _ in range(2)]
     torch.cuda.manual_seed(1)
-    _trained(suite, whole, 2 * STEPS, inputs=samples.in_order(orders[0], BATCH))
+    _trained(suite, whole, 2 * STEPS, inputs=samples.iter_batches(orders[0], BATCH))
     torch.cuda.manual_seed(1)
-    _trained(suite, parts, STEPS, inputs=samples.in_order(orders[1], BATCH))
+    _trained(suite, parts, STEPS, inputs=samples.iter_batches(orders[1], BATCH))
     numbers, position = torch.cuda.get_rng_state(), orders[1].state_dict()
     weights, moments = copy.deepcopy(parts.policy.state_dict()), copy.deepcopy(parts.optimizer.state_dict())
-    again, order = suite.objects(), SampleOrder(suite.frames, list(range(10)), 0)
+    again, order = suite.objects(), EpisodeSampler(suite.frames, list(range(10)), 0)
     again.policy.load_state_dict(weights)
     again.optimizer.load_state_dict(moments)
     order.load_state_dict(position)
     torch.cuda.set_rng_state(numbers)
-    _trained(suite, again, STEPS, inputs=samples.in_order(order, BATCH))
+    _trained(suite, again, STEPS, inputs=samples.iter_batches(order, BATCH))
     return _same(whole, again)
 
 
@@ -152,8 +153,8 @@ def _fails(suite: Any) -> str:
 def _read_ahead(suite: Any) -> str:
     streams = []
     for room in (None, 0.0):
-        samples = Samples(suite.frames, suite.config.chunk_size, suite.args.device, room)
-        streams.append((samples, samples.in_order(SampleOrder(suite.frames, list(range(10)), 0), BATCH)))
+        samples = BatchLoader(suite.frames, suite.config.chunk_size, suite.args.device, room)
+        streams.append((samples, samples.iter_batches(EpisodeSampler(suite.frames, list(range(10)), 0), BATCH)))
     for _ in range(STEPS):
         first, second = (samples.gather(next(inputs)) for samples, inputs in streams)
         if not all(torch.equal(first[key], second[key]) for key in first):

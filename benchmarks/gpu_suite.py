@@ -30,7 +30,7 @@ ASSUMED = {
     *("opencv-python", "opencv-python-headless"),
 }
 """Packages that gpu_suite.sh takes to be on the GPU machine."""
-OURS = {"pusht-act", "pip", "setuptools"}
+METADATA_FILE = {"pusht-act", "pip", "setuptools"}
 LAZY = {"accelerate", "psutil", "dill"}
 """Packages imported only when used."""
 EPISODES, LENGTH = 100, 125
@@ -44,15 +44,12 @@ def list_packages() -> None:
 
     import lerobot.scripts.lerobot_train  # noqa: F401
 
-    import pusht_act.metrics
-    import pusht_act.step  # noqa: F401
-
     owners = metadata.packages_distributions()
     names = {name for module in list(sys.modules) for name in owners.get(module.partition(".")[0], ())} | LAZY
     of_torch = {
         re.split(r"[^\w.-]", need)[0].lower() for need in metadata.requires("torch") or () if "extra" not in need
     }
-    for name in sorted({name.lower() for name in names} - ASSUMED - of_torch - OURS):
+    for name in sorted({name.lower() for name in names} - ASSUMED - of_torch - METADATA_FILE):
         print(f"{name}=={metadata.version(name)}")
 
 
@@ -87,32 +84,34 @@ class Suite:
         import torch
         from lerobot.optim import AdamWConfig
 
-        from pusht_act.checkpoint import TrainingObjects
-        from pusht_act.data import normalization_stats
-        from pusht_act.policy import make_optimizer, make_policy, make_processors
+        from pusht_act.checkpoints.checkpoint_io import TrainComponents
+        from pusht_act.data.dataset import normalization_stats
+        from pusht_act.policy.act import make_policy, make_processors
+        from pusht_act.policy.optim import make_optimizer
 
         torch.manual_seed(0)
         policy = make_policy(copy.deepcopy(self.config))
         processors = make_processors(self.config, normalization_stats(self.frames, True))
         torch.manual_seed(1)
-        return TrainingObjects(policy, processors, make_optimizer(policy, AdamWConfig(lr=1e-4)), None)
+        return TrainComponents(policy, processors, make_optimizer(policy, AdamWConfig(lr=1e-4)), None)
 
     def step(self, objects: Any, batch_size: int, precision: str, *, compiled: bool, captured: bool) -> tuple[Any, Any]:
         """Our step, and the inputs for it."""
         import torch
 
-        from pusht_act.capture import CudaGraphs
-        from pusht_act.config import TrainConfig
-        from pusht_act.data import SampleOrder, Samples
-        from pusht_act.step import TrainStep, loss_of
+        from pusht_act.config.schema import TrainConfig
+        from pusht_act.data.loader import BatchLoader
+        from pusht_act.data.sampler import EpisodeSampler
+        from pusht_act.training.cuda_graphs import CudaGraphs
+        from pusht_act.training.train_step import TrainStep, build_loss
 
         torch.backends.cudnn.benchmark = False  # as stock's row leaves it on
-        samples = Samples(self.frames, self.config.chunk_size, self.args.device)
-        loss = loss_of(TrainConfig(compile=compiled), self.device)
+        samples = BatchLoader(self.frames, self.config.chunk_size, self.args.device)
+        loss = build_loss(TrainConfig(compile=compiled), self.device)
         recorder = CudaGraphs(self.device) if captured else None
-        order = SampleOrder(self.frames, list(range(EPISODES)), 0)
+        order = EpisodeSampler(self.frames, list(range(EPISODES)), 0)
         take_step = TrainStep(objects, samples, batch_size, 10.0, precision, loss, recorder)
-        return take_step, samples.in_order(order, batch_size)
+        return take_step, samples.iter_batches(order, batch_size)
 
     def late(self) -> bool:
         """Whether nothing new is to begin."""
@@ -141,7 +140,7 @@ def made_up_frames(side: int) -> Any:
     """As many frames as half of PushT's, of noise."""
     import numpy as np
 
-    from pusht_act.cache import Frames
+    from pusht_act.data.cache import FrameDataset
 
     n, rng = EPISODES * LENGTH, np.random.default_rng(0)
     arrays = {
@@ -152,7 +151,7 @@ def made_up_frames(side: int) -> Any:
     ends = np.arange(1, EPISODES + 1) * LENGTH
     plain = {"mean": [256.0, 256.0], "std": [148.0, 148.0], "min": [0.0, 0.0], "max": [512.0, 512.0]}
     picture = {"mean": [[[0.5]]] * 3, "std": [[[0.3]]] * 3, "min": [[[0.0]]] * 3, "max": [[[1.0]]] * 3}
-    return Frames(
+    return FrameDataset(
         repo_id="made/up",
         arrays=arrays,
         episodes=np.stack([ends - LENGTH, ends], axis=1),
@@ -201,10 +200,10 @@ def _row(args: argparse.Namespace, batch_size: int, precision: str, side: str, t
 
 
 def _ours(suite: Suite, batch_size: int, precision: str, compiled: bool, captured: bool) -> Callable[[], None]:
-    from pusht_act.metrics import Window
+    from pusht_act.training.metrics import MetricAccumulator
 
     take_step, inputs = suite.step(suite.objects(), batch_size, precision, compiled=compiled, captured=captured)
-    window = Window()
+    window = MetricAccumulator()
 
     def once() -> None:
         losses = take_step(take_step.batch(next(inputs)))
@@ -261,9 +260,9 @@ class Pictures:
     """The samples as stock's data set gives them once their video is decoded."""
 
     def __init__(self, frames: Any, chunk_size: int) -> None:
-        from pusht_act.data import Samples
+        from pusht_act.data.loader import BatchLoader
 
-        self._frames, self._samples = frames, Samples(frames, chunk_size, "cpu")
+        self._frames, self._samples = frames, BatchLoader(frames, chunk_size, "cpu")
 
     def __len__(self) -> int:
         return len(self._frames)

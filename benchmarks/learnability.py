@@ -1,4 +1,4 @@
-"""What a small ACT learns from which demonstrations, everything else equal: people's, the planner's, DAgger's.
+"""What a small ACT learns from which demonstrations, everything else equal: people's or the planner's.
 
     python benchmarks/learnability.py --human ../shared/data/pusht_keypoints --output outputs/learnability
 
@@ -18,10 +18,9 @@ from typing import Any
 
 from measure import pusht_act, record, told
 
-from pusht_act.statistics import wilson_interval
+from pusht_act.evaluation.stats import wilson_interval
 
 NOISE = 3.0  # px; a demonstration then takes 2.5 times as long, with 8 px five times
-ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,6 @@ class Data:
 
     name: str
     overrides: list[str]
-    rounds: int = 0
-    """Of DAgger, after the first training; each has its share of the steps."""
 
 
 def rows(human: Path, noisy: Path, n_noisy: int) -> list[Data]:
@@ -50,23 +47,18 @@ def rows(human: Path, noisy: Path, n_noisy: int) -> list[Data]:
             for n in dict.fromkeys((206, 500, n_noisy))
             if n <= n_noisy
         ),
-        Data(f"500 of ours, then {ROUNDS} rounds of DAgger", ["demos.n_episodes=500"], rounds=ROUNDS),
     ]
 
 
 def success(data: Data, seed: int, steps: int, output: Path) -> tuple[int, int]:
     """Train and evaluate one cell unless that was done: (successes, episodes)."""
     run = output / data.name.replace(" ", "_").replace(",", "") / f"seed-{seed}"
-    trained = run / f"round-{data.rounds}" if data.rounds else run
     common = ["experiment=quickstart", f"seed={seed}", "eval_freq=0", f"output_dir={run}", *data.overrides]
-    evaluated = trained / "eval" / f"step-{steps // (data.rounds + 1):06d}_seeds-200000-200199" / "metrics.json"
+    evaluated = run / "eval" / f"step-{steps:06d}_seeds-200000-200199" / "metrics.json"
     if not evaluated.exists():
-        if data.rounds:
-            rounds = [f"steps={steps // (data.rounds + 1)}", f"dagger.rounds={data.rounds}", "dagger.n_rollouts=25"]
-            pusht_act("mode=dagger", *rounds, "dagger.workers=1", *common, threads=1)
-        elif not (run / "checkpoints" / "last").exists():
+        if not (run / "checkpoints" / "last").exists():
             pusht_act(*common, f"steps={steps}", "overwrite=true", threads=1)
-        pusht_act("mode=eval", f"checkpoint={trained}", "eval.n_episodes=200", "eval.n_videos=0", threads=1)
+        pusht_act("mode=eval", f"checkpoint={run}", "eval.n_episodes=200", "eval.n_videos=0", threads=1)
     metrics = json.loads(evaluated.read_text())
     print(f"{data.name}, seed {seed}: {metrics['pc_success']:.1f} %", file=sys.stderr, flush=True)
     return round(metrics["pc_success"] * metrics["n_episodes"] / 100), int(metrics["n_episodes"])

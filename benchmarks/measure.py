@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pusht_act.cores import cores
-from pusht_act.run_dir import git_commit, package_versions
+from pusht_act.runs.provenance import git_commit, package_versions
+from pusht_act.runtime.system import cores
 
 HERE = Path(__file__).parent
 MB = 1 << 20
@@ -102,7 +102,7 @@ class Clocked:
 
 
 @dataclass(frozen=True)
-class Turn:
+class StepResult:
     """What one run under the clock came to."""
 
     step_s: list[float]
@@ -117,7 +117,7 @@ class Turn:
         return median(self.step_s)
 
 
-def turn(clocked: Clocked, warm_up: int) -> Turn:
+def turn(clocked: Clocked, warm_up: int) -> StepResult:
     """Wait for `clocked`, read its memory, let it end; its first `warm_up` steps are left out of the step times."""
     report = clocked.wait()
     memory = clocked.memory()
@@ -125,14 +125,14 @@ def turn(clocked: Clocked, warm_up: int) -> Turn:
     return turn_of(clocked, report, memory, warm_up)
 
 
-def turn_of(clocked: Clocked, report: dict[str, Any], memory: Memory, warm_up: int) -> Turn:
+def turn_of(clocked: Clocked, report: dict[str, Any], memory: Memory, warm_up: int) -> StepResult:
     """The turn that `report` and `memory` tell of."""
     ends = report["ends"]
     if not ends:
         sys.exit(f"{clocked.program} made no step\n{clocked.output[-3000:]}")
     kept = ends[warm_up // report["every"] :]
     steps = [(b - a) / report["every"] for a, b in pairwise(kept)]
-    return Turn(steps, ends[0] - clocked.launched, memory, report["cuda_bytes"] / MB, clocked.output)
+    return StepResult(steps, ends[0] - clocked.launched, memory, report["cuda_bytes"] / MB, clocked.output)
 
 
 def tree_memory(root: int) -> Memory:

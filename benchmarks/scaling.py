@@ -18,9 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import Clocked, Turn, data_overrides, on_cuda, record, spread, told, turn_of
+from measure import Clocked, StepResult, data_overrides, on_cuda, record, spread, told, turn_of
 
-from pusht_act.cache import cache_root
+from pusht_act.data.cache import cache_root
 
 SMALL = ["policy=act_small", "policy.chunk_size=16"]
 
@@ -33,7 +33,7 @@ def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def together(args: argparse.Namespace, runs: int, episodes: int, steps: int, folder: Path) -> list[Turn]:
+def together(args: argparse.Namespace, runs: int, episodes: int, steps: int, folder: Path) -> list[StepResult]:
     """`runs` runs at once on `episodes` episodes."""
     clocks = []
     for i in range(runs):
@@ -61,7 +61,9 @@ def build(args: argparse.Namespace, episodes: int, folder: Path) -> str | None:
     return None
 
 
-def row(args: argparse.Namespace, runs: int, episodes: int, done: list[list[Turn]], base: list[list[Turn]]) -> Any:
+def row(
+    args: argparse.Namespace, runs: int, episodes: int, done: list[list[StepResult]], base: list[list[StepResult]]
+) -> Any:
     """Medians over all turns; memory of all runs together."""
     step_s = median(s for turns in done for t in turns for s in t.step_s)
     base_s = median(s for turns in base for t in turns for s in t.step_s)
@@ -98,7 +100,7 @@ def main() -> None:
     args.every = 5 if on_cuda() else 1
     found = record(args)
     before = set(cache_root().glob("repeated-*"))
-    turns: dict[tuple[int, int], list[list[Turn]]] = defaultdict(list)
+    turns: dict[tuple[int, int], list[list[StepResult]]] = defaultdict(list)
     left_out: dict[int, str] = {}
     try:
         with tempfile.TemporaryDirectory() as temporary:

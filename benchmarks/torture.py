@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.forked import Commands
-from pusht_act.integrity import damage
+from pusht_act.checkpoints.manifest import find_corruption
 
 STEPS = 30
 COMMAND = [
@@ -114,7 +114,7 @@ def one_run(
         if number != signal.SIGKILL and "stopped by" in printed and "after step" in printed:
             assert saved == reached, f"{run}: stopped at {reached}, saved {saved}"
         for path in run.glob("checkpoints/*"):
-            assert not path.name.isdigit() or damage(path) is None, f"{path}: {damage(path)}"
+            assert not path.name.isdigit() or find_corruption(path) is None, f"{path}: {find_corruption(path)}"
     found = outcome(run)
     for key, value in expected.items():
         assert found[key] == value, f"{run}: {key} differ:\n{found[key]}\n{value}"

@@ -23,6 +23,6 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """All trials of the overrides `arguments`."""
-        from pusht_act.optuna_sweeper import sweep
+        from pusht_act.sweeps.optuna_sweeper import sweep
 
         sweep(self, arguments)

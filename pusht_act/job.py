@@ -7,38 +7,36 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pusht_act.checked import check_processes, check_share, config_from
-from pusht_act.config import TRAINING_AFRESH, Config, Mode, plain
-from pusht_act.distributed import Lost, Word, size, tell, together, told
-from pusht_act.going_on import directory, newest_of_same, resumed, stopped_before_its_first_checkpoint
-from pusht_act.inherit import inherit
-from pusht_act.integrity import MODEL
-from pusht_act.lerobot_command import lerobot_command
-from pusht_act.lerobot_imports import import_policies
-from pusht_act.lock import Lock, locked
-from pusht_act.overrides import check_overrides
-from pusht_act.pruning import Report
-from pusht_act.retention import settle
-from pusht_act.run_dir import (
-    Checkpoint,
-    RunDir,
-    check_sound,
-    check_unused,
-    command_line,
-    find_checkpoint,
-    log_file,
-    move_aside,
-    write_provenance,
+from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, verify
+from pusht_act.checkpoints.manifest import EVAL_FILES
+from pusht_act.checkpoints.merge_config import merge_checkpoint_config
+from pusht_act.checkpoints.resume import (
+    auto_resume_checkpoint,
+    checkpoint_to_resume,
+    has_no_checkpoint_yet,
+    resolve_run_dir,
 )
-from pusht_act.signals import Stopped, listening
-from pusht_act.status import show
-from pusht_act.vet import vet
+from pusht_act.checkpoints.retention import finish_cleanup
+from pusht_act.checkpoints.safe_loading import check_safe_to_load
+from pusht_act.config.lerobot_command import lerobot_command
+from pusht_act.config.lerobot_imports import import_policies
+from pusht_act.config.overrides import check_overrides
+from pusht_act.config.schema import TRAIN_MODES, Config, Mode, to_dict
+from pusht_act.config.validation import check_processes, check_share, to_config
+from pusht_act.runs.provenance import command_line, log_file, write_provenance
+from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
+from pusht_act.runtime.distributed import Lost, Word, size, tell, together, told
+from pusht_act.runtime.lock import Lock, locked
+from pusht_act.runtime.signals import Stopped, listening
+
+if TYPE_CHECKING:
+    from pusht_act.training.async_evaluation import Report
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +63,8 @@ class Result:
         return self.metrics.get("pc_success")
 
 
-def execute(
-    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None], report: Report | None = None
+def run_job(
+    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None], report: "Report | None" = None
 ) -> Result:
     """Do the job that `cfg` describes; its evaluations in training are told to `report`, which may end that early.
 
@@ -74,20 +72,18 @@ def execute(
         ValueError, OSError: the user's to mend; nothing was written.
     """
     check_overrides(cfg, overrides)
-    checked = config_from(cfg)
-    if checked.mode is Mode.status and checked.dir is not None:
-        show(Path(checked.dir).expanduser(), checked.status.every)
-        return Result(Path(checked.dir))
+    checked = to_config(cfg)
     if cfg.print_lerobot_command:
-        print(lerobot_command(*_decided(cfg, overrides, choices)))
+        config, start = _resolve_config(cfg, overrides, choices)
+        print(lerobot_command(config, start.model if start is not None else None))
         return Result(Path(cfg.output_dir))
     check_processes(cfg.mode, cfg.train.profile, size())
     if cfg.mode is Mode.eval:
-        return _evaluate(*_decided(cfg, overrides, choices), overrides)
+        return _evaluate(*_resolve_config(cfg, overrides, choices), overrides)
     if cfg.mode is Mode.demos:
-        return _demonstrate(checked, overrides)
-    with locked(directory(cfg, overrides)) as lock:
-        config, start = _decided(cfg, overrides, choices)
+        return _generate_demos(checked, overrides)
+    with locked(resolve_run_dir(cfg, overrides)) as lock:
+        config, start = _resolve_config(cfg, overrides, choices)
         return _train(config, start, overrides, choices, lock, report)
 
 
@@ -99,46 +95,48 @@ def follow() -> None:
         _, (config, start) = told()
 
         import_policies()
-        from pusht_act.following import set_up_together, train_along
-        from pusht_act.lerobot_config import decode
+        from pusht_act.config.lerobot import decode
+        from pusht_act.training.worker_loop import set_up_together, train_along
 
         with together():
             lerobot = decode(config)
         train_along(config, lerobot, set_up_together(config, lerobot, start))
 
 
-def _decided(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> tuple[Config, Checkpoint | None]:
+def _resolve_config(
+    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]
+) -> tuple[Config, Checkpoint | None]:
     """The job's configuration, and the checkpoint that mode=resume or mode=eval was given."""
     if cfg.mode is Mode.eval:
-        checkpoint = _found(cfg.checkpoint, "checkpoint")
-        return config_from(inherit(cfg, checkpoint, overrides, choices, resume=False)), checkpoint
+        checkpoint = _resolve_checkpoint(cfg.checkpoint, "checkpoint")
+        return to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False)), checkpoint
     if cfg.mode is Mode.resume:
-        cfg.output_dir = str(directory(cfg, overrides))
-        checkpoint = resumed(cfg, Path(cfg.output_dir))
-        vet(checkpoint.model)
-        config = config_from(inherit(cfg, checkpoint, overrides, choices, resume=True))
+        cfg.output_dir = str(resolve_run_dir(cfg, overrides))
+        checkpoint = checkpoint_to_resume(cfg, Path(cfg.output_dir))
+        check_safe_to_load(checkpoint.model)
+        config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
         if _is_finished(checkpoint, config):
             raise ValueError(
                 f"steps={config.steps}: {checkpoint.directory} is at step {checkpoint.step} already; give more steps="
             )
         return config, checkpoint
-    config = config_from(cfg)
-    if cfg.mode in TRAINING_AFRESH and (name := config.policy.get("pretrained_path")):
-        config.policy["pretrained_path"] = str(_found(str(name), "policy.pretrained_path").model)
+    config = to_config(cfg)
+    if cfg.mode in TRAIN_MODES and (name := config.policy.get("pretrained_path")):
+        config.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model)
     return config, None
 
 
-def _found(name: str, key: str) -> Checkpoint:
+def _resolve_checkpoint(name: str, key: str) -> Checkpoint:
     """The checkpoint that option `key` names: a path, or else a model on the Hub."""
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if Path(name).exists() or not looks_like_hub:
         checkpoint = find_checkpoint(name, key)
-        check_sound(checkpoint, f"{key}={name}", MODEL)
+        verify(checkpoint, f"{key}={name}", EVAL_FILES)
     else:
-        from pusht_act.hub import download
+        from pusht_act.checkpoints.hub import download
 
         checkpoint = Checkpoint(download(name, key))
-    vet(checkpoint.model)
+    check_safe_to_load(checkpoint.model)
     return checkpoint
 
 
@@ -148,41 +146,41 @@ def _train(
     overrides: list[str],
     choices: dict[str, str | None],
     lock: Lock,
-    report: Report | None,
+    report: "Report | None",
 ) -> Result:
     run = RunDir(Path(config.output_dir))
     again = config.mode is not Mode.resume and config.resume.auto
-    if again and (start := newest_of_same(config, run)) is not None and _is_finished(start, config):
-        return _finished(config, run, start)
+    if again and (start := auto_resume_checkpoint(config, run)) is not None and _is_finished(start, config):
+        return _finished_result(config, run, start)
     check_share(config.batch_size, size())
     _check_can_push(config)
     branches_off = start is None or start.run != run.path.resolve()
-    if again and stopped_before_its_first_checkpoint(run):
+    if again and has_no_checkpoint_yet(run):
         branches_off = False
     if branches_off:
-        check_unused(run.path, config.overwrite)
+        ensure_unused(run.path, config.overwrite)
 
     import_policies()
-    from pusht_act.following import set_up_together
-    from pusht_act.lerobot_config import decode
-    from pusht_act.train import train
+    from pusht_act.config.lerobot import decode
+    from pusht_act.training.trainer import train
+    from pusht_act.training.worker_loop import set_up_together
 
     tell(Word.TRAIN, (config, start))
     with together():
         lerobot = decode(config)
-    record: dict[str, Any] = {"config": plain(config), "choices": choices}
+    record: dict[str, Any] = {"config": to_dict(config), "choices": choices}
     setup = dataclasses.replace(set_up_together(config, lerobot, start), report=report)
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
         lock.take_again(moved)
-    write_provenance(run, plain(config), overrides)
+    write_provenance(run, to_dict(config), overrides)
     with log_file(run):
         if start is not None:
             log.info("going on from %s", start.directory)
         try:
             training = train(config, lerobot, setup, run, record)
         except Stopped as stopped:
-            _say_how_to_go_on(stopped, config, run, overrides)
+            _print_how_to_resume(stopped, config, run, overrides)
             raise
         except Lost as lost:
             lost.told = True
@@ -191,7 +189,7 @@ def _train(
     evaluation = training.evaluation
     if training.checkpoint is not None and not training.gave_up:
         _push(config, training.checkpoint, evaluation.metrics if evaluation else {}, overrides)
-    _say_what_next(config, run, overrides, evaluation.film_strip if evaluation else None)
+    _print_next_steps(config, run, overrides, evaluation.film_strip if evaluation else None)
     return Result(
         output_dir=run.path,
         step=training.step,
@@ -207,14 +205,14 @@ def _is_finished(checkpoint: Checkpoint, config: Config) -> bool:
     return checkpoint.step >= config.steps and checkpoint.pending is None
 
 
-def _finished(config: Config, run: RunDir, checkpoint: Checkpoint) -> Result:
+def _finished_result(config: Config, run: RunDir, checkpoint: Checkpoint) -> Result:
     """What the run that ended with `checkpoint` came to."""
-    settle(run, config, checkpoint)
+    finish_cleanup(run, config, checkpoint)
     log.info("%s is finished: step %d; more steps= would go on", run.path, checkpoint.step)
     return Result(run.path, checkpoint.step, run.metrics_of(checkpoint.step), checkpoint.directory)
 
 
-def _say_how_to_go_on(stopped: Stopped, config: Config, run: RunDir, overrides: list[str]) -> None:
+def _print_how_to_resume(stopped: Stopped, config: Config, run: RunDir, overrides: list[str]) -> None:
     """In a line, which train.log has too."""
     stopped.told = True
     if stopped.checkpoint is None:
@@ -229,7 +227,7 @@ def _say_how_to_go_on(stopped: Stopped, config: Config, run: RunDir, overrides: 
         log.warning("%s, saved %s; to go on: %s", stopped, stopped.checkpoint, command)
 
 
-def _say_what_next(config: Config, run: RunDir, overrides: list[str], film_strip: Path | None) -> None:
+def _print_next_steps(config: Config, run: RunDir, overrides: list[str], film_strip: Path | None) -> None:
     """After the last step: where to look, and three commands to try; a sweep's jobs keep quiet."""
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         return
@@ -251,54 +249,59 @@ def _say_what_next(config: Config, run: RunDir, overrides: list[str], film_strip
 
 def _check_can_push(config: Config) -> None:
     if config.policy.get("push_to_hub"):
-        from pusht_act.hub import check_can_push
+        from pusht_act.checkpoints.hub import check_can_push
 
         check_can_push(config.policy.get("repo_id"))
 
 
 def _push(config: Config, checkpoint: Checkpoint, metrics: dict[str, float], overrides: list[str]) -> None:
     if config.policy.get("push_to_hub"):
-        from pusht_act.hub import push
+        from pusht_act.checkpoints.hub import push
 
         log.info("pushed to %s", push(config, checkpoint.directory, metrics, command_line(overrides)))
 
 
 def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str]) -> Result:
     assert checkpoint is not None
-    from pusht_act.environments import environments
+    from pusht_act.envs.vector_env import make_vector_envs
 
     step = checkpoint.step if checkpoint.training.is_dir() else 0
     given = any(override.startswith("output_dir=") for override in overrides)
     run = RunDir(Path(config.output_dir) if given or checkpoint.run is None else checkpoint.run)
-    directory = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
-    with environments(config.eval) as envs:  # their processes start while torch is imported
+    resolve_run_dir = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
+    with make_vector_envs(config.eval) as envs:  # their processes start while torch is imported
         import_policies()
-        from pusht_act.evaluate import evaluate
-        from pusht_act.lerobot_config import decode_env, decode_policy
-        from pusht_act.policy import load_policy, load_processors
+        from pusht_act.config.lerobot import decode_env, decode_policy
+        from pusht_act.evaluation.evaluate import evaluate
+        from pusht_act.policy.act import load_policy, load_processors
 
         policy_config, env = decode_policy(config.policy), decode_env(config.env)
         policy = load_policy(policy_config, checkpoint.model)
         processors = load_processors(policy_config, checkpoint.model)
-        evaluation = evaluate(policy, processors, envs, env, config.eval, directory=directory)
+        evaluation = evaluate(policy, processors, envs, env, config.eval, directory=resolve_run_dir)
     log.info("%s: %s", checkpoint.directory, evaluation)
-    log.info("written to %s", directory)
+    log.info("written to %s", resolve_run_dir)
     return Result(
-        directory, step, evaluation.metrics, checkpoint.directory, list(evaluation.episodes), evaluation.video_paths
+        resolve_run_dir,
+        step,
+        evaluation.metrics,
+        checkpoint.directory,
+        list(evaluation.episodes),
+        evaluation.video_paths,
     )
 
 
-def _demonstrate(config: Config, overrides: list[str]) -> Result:
-    check_unused(Path(config.output_dir), config.overwrite, remedy="give another output_dir=")
+def _generate_demos(config: Config, overrides: list[str]) -> Result:
+    ensure_unused(Path(config.output_dir), config.overwrite, remedy="give another output_dir=")
     if config.demos.push_to_hub:
-        from pusht_act.hub import check_can_push
+        from pusht_act.checkpoints.hub import check_can_push
 
         check_can_push(config.demos.repo_id, "demos")
     from pusht_act.demos.collect import planner_options
-    from pusht_act.demos.starts import starts_of
+    from pusht_act.demos.initial_states import initial_states
 
-    options, starts = planner_options(config.demos), starts_of(config.demos)
-    from pusht_act.demos.dataset import write_demos
+    options, starts = planner_options(config.demos), initial_states(config.demos)
+    from pusht_act.demos.generate import write_demos
 
     written = write_demos(config, options, starts, overrides)
     return Result(written.path, metrics=written.metrics, video_paths=[written.video])

@@ -14,15 +14,19 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pusht_act import sweep
-from pusht_act.config import register
-from pusht_act.distributed import Lost, processes, size
-from pusht_act.explain import explain
-from pusht_act.job import Result, execute, follow
-from pusht_act.pruning import reporter
-from pusht_act.side_by_side import leaving
-from pusht_act.signals import Stopped, in_charge, listening
-from pusht_act.tokens import refuse_tokens
+from pusht_act.config.errors import explain
+from pusht_act.config.overrides import check_overrides
+from pusht_act.config.schema import Mode, register
+from pusht_act.config.secrets_check import refuse_tokens
+from pusht_act.config.validation import to_config
+from pusht_act.job import Result, follow, run_job
+from pusht_act.runtime.distributed import Lost, processes, size
+from pusht_act.runtime.signals import Stopped, in_charge, listening
+from pusht_act.sweeps.joblib_workers import stopping
+from pusht_act.sweeps.pruning import reporter
+from pusht_act.sweeps.report import sweep_summary
+from pusht_act.sweeps.status import show
+from pusht_act.sweeps.sweep import expand_resume_args, run_sweep_job
 
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
@@ -36,14 +40,14 @@ register()
 def _task(cfg: DictConfig) -> Any:
     hydra_node = HydraConfig.get()
     try:
-        if leaving():
+        if stopping():
             return None
         with processes(USER_ERRORS) as leads:
             if not leads:
                 follow()
                 return None
             if hydra_node.mode is RunMode.MULTIRUN:
-                return sweep.objective(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
+                return run_sweep_job(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
             return _execute(cfg, hydra_node).objective
     except USER_ERRORS as error:
         if WANT_TRACEBACK:
@@ -55,7 +59,7 @@ def _task(cfg: DictConfig) -> Any:
         # A process of a launcher's: what it does about the signal, such as to have the job queued again, is its own.
         if isinstance(stopped, Stopped):
             signal.raise_signal(stopped.signal)
-        if leaving():
+        if stopping():
             return None
         raise OSError(str(stopped)) from stopped
 
@@ -85,7 +89,18 @@ def _execute(cfg: DictConfig, hydra_node: Any) -> Result:
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
         cfg.output_dir = hydra_node.runtime.output_dir
     with listening():
-        return execute(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node))
+        if cfg.mode is Mode.status:
+            return _show_status(cfg, overrides)
+        return run_job(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node))
+
+
+def _show_status(cfg: DictConfig, overrides: list[str]) -> Result:
+    """Print the table of a sweep's jobs, or of one run; no job does this, so a job never imports sweeps."""
+    check_overrides(cfg, overrides)
+    config = to_config(cfg)
+    assert config.dir is not None
+    show(Path(config.dir).expanduser(), config.status.every)
+    return Result(Path(config.dir))
 
 
 def main() -> None:
@@ -122,8 +137,8 @@ def _lead() -> None:
             f"-m begins jobs from one process, and these are {size()}: give it without torchrun, and "
             f"hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node={size()} for jobs of several processes"
         )
-    sys.argv[1:] = sweep.arguments(sys.argv[1:])
-    with sweep.reported():
+    sys.argv[1:] = expand_resume_args(sys.argv[1:])
+    with sweep_summary():
         _task()
 
 

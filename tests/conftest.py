@@ -106,8 +106,8 @@ def _write_dataset(root: Path, image: bool) -> Path:
     """Three short episodes of embedded demonstrations, written by LeRobot itself."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from pusht_act.demos import embedded
-    from pusht_act.demos.frames import FEATURES
+    from pusht_act.demos import builtin as embedded
+    from pusht_act.demos.features import FEATURES
     from pusht_act.demos.replay import replay
 
     seen = "observation.image" if image else "observation.environment_state"

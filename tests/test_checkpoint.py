@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pusht_act
-from pusht_act import checkpoint as checkpoints
+from pusht_act.checkpoints import checkpoint_io as checkpoints
 from pusht_act.job import Result
 
 Tiny = Callable[..., Result]

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file
 
-from pusht_act.checked import config_from
+from pusht_act.config.validation import to_config
 from pusht_act.job import Result
 from pusht_act.main import CONFIG_DIR, _execute
 from tests.conftest import TINY, tiny_command
@@ -73,7 +73,7 @@ def test_answers_at_once(arguments: list[str], tmp_path: Path) -> None:
 def test_answers_without_torch_and_lerobot(arguments: list[str], tmp_path: Path) -> None:
     done = command(*arguments, cwd=tmp_path, flags=("-X", "importtime"))
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "pusht_act.config" in imported
+    assert "pusht_act.config.schema" in imported
     assert {"torch", "lerobot", "gym_pusht", "wandb", "optuna"} & imported == set()
 
 
@@ -108,7 +108,7 @@ def test_help_lists_groups_and_examples_that_compose(tmp_path: Path) -> None:
         cfg = compose(*one_job)
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
-        config_from(cfg)
+        to_config(cfg)
 
 
 def test_sweeps_write_under_multirun() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act import config as schema
-from pusht_act.checked import config_from
-from pusht_act.config import Config
+from pusht_act.config import schema
+from pusht_act.config.schema import Config
+from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
 
 CONF = Path(CONFIG_DIR)
@@ -143,14 +143,14 @@ def test_every_combination_of_groups_composes() -> None:
     for combination in itertools.product(*map(choices, groups)):
         overrides = [f"{group}={choice}" for group, choice in zip(groups, combination, strict=True)]
         given = {"mode=eval": ["checkpoint=x"], "mode=status": ["dir=x"]}.get(overrides[0], [])
-        config = config_from(compose(*overrides, *given))
+        config = to_config(compose(*overrides, *given))
         assert config.mode.value == combination[0]
         assert config.wandb.enable == (combination[4] == "wandb")
 
 
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_composes(name: str) -> None:
-    config_from(compose(f"experiment={name}"))
+    to_config(compose(f"experiment={name}"))
 
 
 def classes() -> list[ast.ClassDef]:
@@ -189,16 +189,16 @@ def test_every_field_of_the_schema_has_a_default_in_conf() -> None:
     ],
 )
 def test_every_field_of_lerobots_act_is_reached(override: str, field: str, value: Any) -> None:
-    from pusht_act.lerobot_config import decode
+    from pusht_act.config.lerobot import decode
 
-    assert getattr(decode(config_from(compose(override))).policy, field) == value
+    assert getattr(decode(to_config(compose(override))).policy, field) == value
 
 
 def test_fields_of_the_other_sections_reach_lerobot() -> None:
-    from pusht_act.lerobot_config import decode
+    from pusht_act.config.lerobot import decode
 
     lerobot = decode(
-        config_from(
+        to_config(
             compose(
                 *("env.episode_length=40", "+dataset.use_imagenet_stats=false", "+dataset.episodes=[0,2]"),
                 *("+optimizer.grad_clip_norm=1", "+optimizer.betas=[0.9,0.95]", "+policy.optimizer_weight_decay=0.1"),
@@ -216,7 +216,7 @@ def test_fields_of_the_other_sections_reach_lerobot() -> None:
 
 
 def test_auto_takes_cuda_when_there_is_one_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    from pusht_act.lerobot_config import resolve_device
+    from pusht_act.config.lerobot import resolve_device
 
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     with caplog.at_level("INFO"):
@@ -227,7 +227,7 @@ def test_auto_takes_cuda_when_there_is_one_and_says_so(caplog: pytest.LogCapture
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_device_that_is_not_there_is_refused() -> None:
-    from pusht_act.lerobot_config import resolve_device
+    from pusht_act.config.lerobot import resolve_device
 
     with pytest.raises(ValueError, match="policy.device=cuda is not on this machine"):
         resolve_device("cuda")

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 import pusht_act
 from benchmarks.forked import Commands, appears
-from pusht_act import distributed, signals
-from pusht_act.data import Samples, normalization_stats
+from pusht_act.data.dataset import normalization_stats
+from pusht_act.data.lerobot_reader import open_lerobot_dataset
+from pusht_act.data.loader import BatchLoader
 from pusht_act.job import Result
-from pusht_act.lerobot_dataset import open_frames
-from pusht_act.policy import act_loss, counted, make_policy, make_processors
+from pusht_act.policy.act import act_loss, make_policy, make_processors, valid_counts
+from pusht_act.runtime import distributed, signals
 from tests.conftest import tiny_command
 from tests.test_data import config as dataset_config
 from tests.test_evaluations import outcome
@@ -170,7 +171,7 @@ def test_all_go_back_when_a_loss_in_one_is_not_finite(
     ("given", "second", "message"),
     [
         (["batch_size=3"], {}, "pusht-act: batch_size=3 .* cannot be shared by 2 .* such as batch_size=4"),
-        (["mode=dagger"], {}, "pusht-act: mode=dagger is for one process"),
+        (["mode=demos"], {}, "pusht-act: mode=demos is for one process"),
         (["train.profile=true", "steps=30"], {}, "pusht-act: train.profile=true is for one process"),
         (["-m", "seed=1,2"], {}, "pusht-act: -m begins jobs from one process.* hydra.launcher.tasks_per_node=2"),
         # In one process alone.
@@ -193,10 +194,10 @@ def test_what_cannot_be_is_said_once_and_ends_all(
 @pytest.mark.parametrize("use_vae", [True, False])
 def test_the_losses_of_the_parts_add_up_to_the_batchs(use_vae: bool, keypoints_dataset: Path) -> None:
     """Parts of different sizes and paddings, and one of a row that counts nothing."""
-    frames = open_frames(dataset_config(keypoints_dataset))
+    frames = open_lerobot_dataset(dataset_config(keypoints_dataset))
     config = act(frames, use_vae=use_vae, dropout=0.0, kl_weight=3.0)
     policy, pre = make_policy(config).train(), make_processors(config, normalization_stats(frames, True)).pre
-    batch = pre(Samples(frames, config.chunk_size, "cpu").batch(torch.tensor([0, 20, 22, 50, 70])))
+    batch = pre(BatchLoader(frames, config.chunk_size, "cpu").batch(torch.tensor([0, 20, 22, 50, 70])))
     padding = {key: torch.zeros_like(value[:1]) for key, value in batch.items() if isinstance(value, torch.Tensor)}
     padding["action_is_pad"] = ~padding["action_is_pad"]
     parts = [{key: batch[key][rows] for key in padding} for rows in (slice(0, 1), slice(1, 5))]
@@ -212,14 +213,14 @@ def test_the_losses_of_the_parts_add_up_to_the_batchs(use_vae: bool, keypoints_d
 
     if use_vae:  # the parts draw other noise than the whole: the KL term, which has none, is all that can be compared
         one, _ = gradients([batch], "kld_loss", None)
-        several, _ = gradients([*parts, padding], "kld_loss", counted(batch))
+        several, _ = gradients([*parts, padding], "kld_loss", valid_counts(batch))
     else:
         one, whole = gradients([batch], "l1_loss", None)
-        several, summed = gradients([*parts, padding], "l1_loss", counted(batch))
+        several, summed = gradients([*parts, padding], "l1_loss", valid_counts(batch))
         assert torch.allclose(whole, summed, rtol=1e-4, atol=1e-6)
     assert several == pytest.approx(one, rel=1e-5)
-    assert counted(batch).tolist() == [sum(counted(part)[0].item() for part in parts), 5.0]
-    assert counted(padding).tolist() == [0.0, 0.0]
+    assert valid_counts(batch).tolist() == [sum(valid_counts(part)[0].item() for part in parts), 5.0]
+    assert valid_counts(padding).tolist() == [0.0, 0.0]
 
 
 def test_submitits_tasks_are_processes_of_one_job(monkeypatch: pytest.MonkeyPatch) -> None:

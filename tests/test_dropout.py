@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pusht_act
-from pusht_act.config import TrainConfig
-from pusht_act.dropout import dropout_of, fast_dropout
+from pusht_act.config.schema import TrainConfig
 from pusht_act.job import Result
+from pusht_act.policy.fast_dropout import build_dropout, fast_dropout
 from tests.test_metrics import lines
 from tests.test_train import assert_same_bits
 
@@ -96,8 +96,8 @@ def test_when_a_run_has_it(tiny: Tiny, tmp_path: Path) -> None:
 def test_a_gpu_does_without() -> None:
     on_gpu = SimpleNamespace(device="cuda", use_amp=True)
     with pytest.raises(ValueError, match="train.fast_dropout=true is for a CPU.*: leave it out"):
-        dropout_of(TrainConfig(fast_dropout=True, precision=None), on_gpu)
-    assert dropout_of(TrainConfig(fast_dropout=None, precision=None, compile=None), on_gpu) is nullcontext
+        build_dropout(TrainConfig(fast_dropout=True, precision=None), on_gpu)
+    assert build_dropout(TrainConfig(fast_dropout=None, precision=None, compile=None), on_gpu) is nullcontext
 
 
 def test_a_run_with_it_resumes_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:

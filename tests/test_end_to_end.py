@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pusht_act.checked import config_from
+from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
 from tests.conftest import TINY
 
@@ -63,7 +63,7 @@ def test_the_readmes_commands_compose(command: str) -> None:
     # Of a sweep the first job.
     overrides = [re.sub(r"=([^,\[{]+),.*", r"=\1", word) for word in overrides if not word.startswith("hydra.sweep")]
     with initialize_config_dir(config_dir=CONFIG_DIR, version_base="1.3"):
-        config_from(compose("config", overrides))
+        to_config(compose("config", overrides))
 
 
 def test_the_readmes_commands_are_found() -> None:

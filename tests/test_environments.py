@@ -1,4 +1,4 @@
-"""Environments in worker processes: the same bits as in this one, none left behind, none that hangs."""
+"""VectorEnv in worker processes: the same bits as in this one, none left behind, none that hangs."""
 
 import os
 import signal
@@ -16,13 +16,14 @@ import pytest
 from lerobot.envs.configs import PushtEnv
 
 import pusht_act
-from pusht_act import environments as module
-from pusht_act.config import EvalConfig
-from pusht_act.environments import Environments, Here, Recording, Workers, environments
-from pusht_act.evaluate import Rollout, evaluate, rollout, task_of
+from pusht_act.config.schema import EvalConfig
+from pusht_act.envs import vector_env as module
+from pusht_act.envs.episode import VideoRequest
+from pusht_act.envs.vector_env import SubprocVectorEnv, SyncVectorEnv, VectorEnv, make_vector_envs
+from pusht_act.evaluation.evaluate import evaluate
+from pusht_act.evaluation.rollout import Rollout, env_spec, rollout
 from pusht_act.job import Result
-from pusht_act.signals import STOPPING
-from tests.conftest import TINY
+from pusht_act.runtime.signals import STOPPING
 from tests.test_evaluate import policy_for
 
 Tiny = Callable[..., Result]
@@ -30,49 +31,49 @@ KINDS = ["pixels_agent_pos", "environment_state_agent_pos"]
 
 
 @pytest.fixture(scope="module")
-def two() -> Iterator[Workers]:
-    workers = Workers(2)
+def two() -> Iterator[SubprocVectorEnv]:
+    workers = SubprocVectorEnv(2)
     yield workers
     workers.close()
 
 
 @pytest.fixture(scope="module")
-def three() -> Iterator[Workers]:
-    workers = Workers(3)
+def three() -> Iterator[SubprocVectorEnv]:
+    workers = SubprocVectorEnv(3)
     yield workers
     workers.close()
 
 
 def rolled_out(
-    envs: Environments, kind: str, seeds: list[int], recordings: Sequence[Recording] = (), **options: Any
+    envs: VectorEnv, kind: str, seeds: list[int], recordings: Sequence[VideoRequest] = (), **options: Any
 ) -> Rollout:
     env = PushtEnv(obs_type=kind, episode_length=15)
     policy, processors = policy_for(env, **options)
-    return rollout(policy, processors, envs, task_of(env, policy.config), seeds=seeds, recordings=recordings)
+    return rollout(policy, processors, envs, env_spec(env, policy.config), seeds=seeds, recordings=recordings)
 
 
 def assert_same_bits(a: Rollout, b: Rollout) -> None:
     assert a.episodes == b.episodes
-    for key in ("actions", "decisions"):
-        first, second = getattr(a, key), getattr(b, key)
-        assert len(first) == len(second)
-        for each, other in zip(first, second, strict=True):
-            np.testing.assert_array_equal(np.stack(each), np.stack(other), strict=True)
+    assert len(a.actions) == len(b.actions)
+    for each, other in zip(a.actions, b.actions, strict=True):
+        np.testing.assert_array_equal(each, other, strict=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_number_of_workers_changes_no_bit(kind: str, two: Workers, three: Workers, tmp_path: Path) -> None:
+def test_the_number_of_workers_changes_no_bit(
+    kind: str, two: SubprocVectorEnv, three: SubprocVectorEnv, tmp_path: Path
+) -> None:
     """Nor does what a worker did before: here a batch of another size, and other observations."""
 
-    def recordings(name: str) -> list[Recording]:
+    def recordings(name: str) -> list[VideoRequest]:
         (tmp_path / name).mkdir()
-        return [Recording(tmp_path / name / f"{i}.mp4", 10, tmp_path / name / f"{i}.png") for i in range(2)]
+        return [VideoRequest(tmp_path / name / f"{i}.mp4", 10, tmp_path / name / f"{i}.png") for i in range(2)]
 
     for seeds in ([50, 51, 52, 53, 54], [60, 61]):
         names = [f"{len(seeds)}-{workers}" for workers in ("here", "two", "three")]
         here, *others = (
             rolled_out(envs, kind, seeds, recordings(name))
-            for envs, name in zip((Here(), two, three), names, strict=True)
+            for envs, name in zip((SyncVectorEnv(), two, three), names, strict=True)
         )
         for other in others:
             assert_same_bits(here, other)
@@ -85,18 +86,18 @@ def test_the_number_of_workers_changes_no_bit(kind: str, two: Workers, three: Wo
 
 @pytest.mark.parametrize("target", ["/dev/full", "/nowhere/0.mp4"])
 def test_a_recording_that_cannot_be_written_is_an_error_and_the_workers_go_on(
-    target: str, two: Workers, tmp_path: Path
+    target: str, two: SubprocVectorEnv, tmp_path: Path
 ) -> None:
     (tmp_path / "0.mp4").symlink_to(target)
-    for envs in (Here(), two):
+    for envs in (SyncVectorEnv(), two):
         with pytest.raises(OSError, match=r"No space left|No such file"):
-            rolled_out(envs, KINDS[1], [1, 2], [Recording(tmp_path / "0.mp4", 10)])
+            rolled_out(envs, KINDS[1], [1, 2], [VideoRequest(tmp_path / "0.mp4", 10)])
         assert len(rolled_out(envs, KINDS[1], [1, 2]).episodes) == 2
 
 
-def test_an_action_for_each_look_works_in_workers_too(two: Workers) -> None:
+def test_an_action_for_each_look_works_in_workers_too(two: SubprocVectorEnv) -> None:
     ensembling = {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}
-    here = rolled_out(Here(), KINDS[1], [7, 8, 9], **ensembling)
+    here = rolled_out(SyncVectorEnv(), KINDS[1], [7, 8, 9], **ensembling)
     assert len(here.actions) == 15
     assert_same_bits(here, rolled_out(two, KINDS[1], [7, 8, 9], **ensembling))
 
@@ -106,28 +107,26 @@ def test_an_action_for_each_look_works_in_workers_too(two: Workers) -> None:
     "options", [{}, {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}], ids=["chunks", "mean"]
 )
 def test_batches_side_by_side_change_no_bit(
-    kind: str, options: dict[str, Any], two: Workers, three: Workers, tmp_path: Path
+    kind: str, options: dict[str, Any], two: SubprocVectorEnv, three: SubprocVectorEnv, tmp_path: Path
 ) -> None:
     env = PushtEnv(obs_type=kind, episode_length=15)
     policy, processors = policy_for(env, **options)
     config = EvalConfig(n_episodes=7, batch_size=2, start_seed=50, n_videos=3)
     one, both = (
         evaluate(policy, processors, groups, env, config, directory=tmp_path / name)
-        for name, groups in (("one", [Here()]), ("both", [two, three]))
+        for name, groups in (("one", [SyncVectorEnv()]), ("both", [two, three]))
     )
     assert one.episodes == both.episodes
     assert [episode.episode_ix for episode in both.episodes] == list(range(7))
-    for states, others in zip(one.decisions, both.decisions, strict=True):
-        np.testing.assert_array_equal(np.stack(states), np.stack(others), strict=True)
     for path in (tmp_path / "one").iterdir():
         assert path.name == "metrics.json" or path.read_bytes() == (tmp_path / "both" / path.name).read_bytes()
     assert len(both.video_paths) == 3
 
 
-def test_a_group_that_fails_breaks_the_other_off(two: Workers) -> None:
+def test_a_group_that_fails_breaks_the_other_off(two: SubprocVectorEnv) -> None:
     env = PushtEnv(obs_type=KINDS[1], episode_length=100_000)
     policy, processors = policy_for(env)
-    killed = Workers(1)
+    killed = SubprocVectorEnv(1)
     killed._processes[0].kill()
     config = EvalConfig(n_episodes=4, batch_size=2, start_seed=50, n_videos=0)
     with pytest.raises(OSError, match="a process of the evaluation was killed"):
@@ -135,16 +134,16 @@ def test_a_group_that_fails_breaks_the_other_off(two: Workers) -> None:
 
 
 def test_an_environment_forgets_the_episode_before() -> None:
-    used = Here()
+    used = SyncVectorEnv()
     rolled_out(used, KINDS[1], [1, 2, 3])
-    assert_same_bits(rolled_out(Here(), KINDS[1], [4, 5]), rolled_out(used, KINDS[1], [4, 5]))
+    assert_same_bits(rolled_out(SyncVectorEnv(), KINDS[1], [4, 5]), rolled_out(used, KINDS[1], [4, 5]))
 
 
 def test_a_worker_has_neither_torch_nor_lerobot() -> None:
     code = (
-        "import sys; from pusht_act.environments import Here, Task; import numpy as np; here = Here();"
-        "here.reset(Task('gym_pusht/PushT-v0', {}, 'pixels_agent_pos', 9), [1], [None]);"
-        "here.carry_out(np.ones((1, 2, 2), np.float32));"
+        "import sys; from pusht_act.envs.vector_env import EnvSpec, SyncVectorEnv; import numpy as np; here = SyncVectorEnv();"
+        "here.reset(EnvSpec('gym_pusht/PushT-v0', {}, 'pixels_agent_pos', 9), [1], [None]);"
+        "here.step_chunk(np.ones((1, 2, 2), np.float32));"
         "print({'torch', 'lerobot'} & set(sys.modules))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -164,7 +163,7 @@ def gone(pid: int) -> bool:
 
 
 def test_signals_are_not_for_workers_and_one_that_is_killed_is_an_error_of_one_line() -> None:
-    workers = Workers(2)
+    workers = SubprocVectorEnv(2)
     for moment in ("born", "at work"):
         for process, number in product(workers._processes, STOPPING):
             process.send_signal(number)
@@ -179,7 +178,7 @@ def test_signals_are_not_for_workers_and_one_that_is_killed_is_an_error_of_one_l
 
 def test_workers_end_with_a_parent_that_is_killed() -> None:
     code = (
-        "from pusht_act.environments import Workers; import time; workers = Workers(2);"
+        "from pusht_act.envs.vector_env import SubprocVectorEnv; import time; workers = SubprocVectorEnv(2);"
         "print(*(process.pid for process in workers._processes), flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
@@ -195,12 +194,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The numbers of workers that were asked for."""
     counts: list[int] = []
 
-    class Counted(Here):
+    class Counted(SyncVectorEnv):
         def __init__(self, count: int) -> None:
             super().__init__()
             counts.append(count)
 
-    monkeypatch.setattr(module, "Workers", Counted)
+    monkeypatch.setattr(module, "SubprocVectorEnv", Counted)
     monkeypatch.setattr(module, "cores", lambda: 4)
     return counts
 
@@ -221,9 +220,9 @@ def test_how_many_workers_there_are(
     n_episodes: int, batch_size: int, workers: int, processes: list[int], started: list[int]
 ) -> None:
     config = EvalConfig(n_episodes=n_episodes, batch_size=batch_size, start_seed=0, n_videos=0, workers=workers)
-    with environments(config):
+    with make_vector_envs(config):
         assert started == processes
-    with environments(config, needed=False):
+    with make_vector_envs(config, needed=False):
         assert started == processes
 
 
@@ -236,16 +235,10 @@ def test_a_run_and_an_evaluation_start_their_workers_once(tiny: Tiny, started: l
     assert started == [2, 2, 1], "no evaluation, no workers"
 
 
-def test_rollouts_of_dagger_have_workers_too(tmp_path: Path, started: list[int]) -> None:
-    options = ("mode=dagger", "dagger.rounds=1", "dagger.n_rollouts=3", "dagger.workers=1", "eval_freq=0")
-    pusht_act.run([*TINY, *options, "eval.workers=2", f"output_dir={tmp_path / 'run'}"])
-    assert started == [1, 1]
-
-
 def test_closed_environments_carry_nothing_out() -> None:
-    here = Here()
+    here = SyncVectorEnv()
     env = PushtEnv(obs_type=KINDS[1])
-    here.reset(task_of(env, policy_for(env)[0].config), [1], [None])
+    here.reset(env_spec(env, policy_for(env)[0].config), [1], [None])
     here.close()
     with pytest.raises(OSError, match="closed"):
-        here.carry_out(np.ones((1, 2, 2), np.float32))
+        here.step_chunk(np.ones((1, 2, 2), np.float32))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import pusht_act
-from pusht_act.explain import explain
+from pusht_act.config.errors import explain
 from pusht_act.main import CONFIG_DIR, USER_ERRORS, main
 from tests.conftest import TINY, tiny_command
 
@@ -95,12 +95,12 @@ REFUSED = [
         for given in ("starts=x", "start_seed=2000000", "action_noise=1", "workers=2", "repo_id=me/x")
     ),
     *(
-        (f"demos.{given}", f"demos.{given} is for mode=demos or mode=dagger: give", "leave it out")
+        (f"demos.{given}", f"demos.{given} is for mode=demos: give", "leave it out")
         for given in ("coverage=0.98", "speed=9", "smoothness=2", "replan=1", "seed=3")
     ),
     *(
         (f"demos.starts=x {mode}", "demos.starts=x is for mode=demos: give", "leave it out")
-        for mode in ("mode=test dataset=demos", "mode=resume", "mode=eval checkpoint=x", "mode=dagger")
+        for mode in ("mode=test dataset=demos", "mode=resume", "mode=eval checkpoint=x")
     ),
     ("demos.push_to_hub=true", "demos.push_to_hub=True", "mode=demos", "leave it out"),
     ("++demos.speed=8", "demos.speed=8", "mode=demos"),
@@ -125,18 +125,6 @@ REFUSED = [
     ("mode=resume", "nothing to resume in outputs/act_pusht/train", "mode=full", "resume.path="),
     ("mode=resume resume.path=nowhere", "resume.path=nowhere", "checkpoints/last"),
     ("+policy.pretrained_path=nowhere", "policy.pretrained_path=nowhere", "checkpoints/last"),
-    # mode=dagger
-    *((f"mode=dagger dagger.{key}=0", f"dagger.{key}=0", "give 1 or more") for key in ("rounds", "n_rollouts")),
-    *((f"mode=dagger dagger.{key}=-1", f"dagger.{key}=-1", "give 0 or more") for key in ("start_seed", "workers")),
-    ("mode=dagger save_checkpoint=false", "save_checkpoint=false", "leave it out"),
-    ("mode=dagger dagger.labels=[x]", "dagger.labels=['x']", "leave it out"),
-    ("mode=dagger dagger.start_seed=99401", "dagger.start_seed=99401", "eval.start_seed=100000", "3000000"),
-    ("mode=dagger demos.speed=0", "demos.speed=0", "30"),
-    ("mode=dagger checkpoint=x", "checkpoint=x", "mode=eval"),
-    ("mode=dagger print_lerobot_command=true", "print_lerobot_command=true", "leave it out"),
-    ("dagger.rounds=2", "dagger.rounds=2", "mode=dagger"),
-    ("mode=eval checkpoint=x dagger.labels=[x]", "dagger.labels=['x']", "mode=dagger"),
-    ("dagger.labels=[x] print_lerobot_command=true", "dagger.labels=['x']", "leave them out"),
     # mode=status
     ("mode=status", "mode=status needs a folder", "give dir=DIR"),
     ("mode=status dir=nowhere", "dir=nowhere holds neither a sweep", "give a folder such as multirun/DATE/TIME"),
@@ -156,7 +144,7 @@ REFUSED = [
     ("resume.auto=null", "resume.auto=null", "must have a value"),
     *(
         (f"{mode} resume.auto=true", "resume.auto=True is for mode=test and mode=full", "leave it out")
-        for mode in ("mode=resume", "mode=dagger", "mode=eval checkpoint=x", "mode=demos")
+        for mode in ("mode=resume", "mode=eval checkpoint=x", "mode=demos")
     ),
     ("resume.path=x resume.auto=true", "resume.path=x", "mode=resume"),
     ("resume=auto", "resume=auto", "did you mean mode=resume?"),
@@ -280,7 +268,6 @@ def test_the_table_is_long() -> None:
         "dataset=demos demos.n_episodes=3 demos.mirror=true",
         "mode=resume demos.n_episodes=3",
         "mode=demos demos.n_episodes=3 demos.start_seed=3",
-        "mode=dagger demos.coverage=0.98 demos.speed=8 demos.smoothness=2 demos.replan=1 demos.seed=3",
         "wandb.enable=1 overwrite=0",
     ],
 )

@@ -21,13 +21,14 @@ from lerobot.scripts.lerobot_eval import rollout as stock_rollout
 from PIL import Image
 
 import pusht_act
-from pusht_act.config import EvalConfig
-from pusht_act.environments import Here
-from pusht_act.evaluate import evaluate, rollout, task_of
-from pusht_act.film_strip import film_strip
+from pusht_act.config.schema import EvalConfig
+from pusht_act.envs.film_strip import film_strip
+from pusht_act.envs.vector_env import SyncVectorEnv
+from pusht_act.evaluation.evaluate import evaluate
+from pusht_act.evaluation.rollout import env_spec, rollout
+from pusht_act.evaluation.stats import wilson_interval
 from pusht_act.job import Result
-from pusht_act.policy import make_policy, make_processors
-from pusht_act.statistics import wilson_interval
+from pusht_act.policy.act import make_policy, make_processors
 
 Tiny = Callable[..., Result]
 
@@ -72,7 +73,7 @@ def test_rollouts_are_stock_lerobots(obs_type: str, options: dict[str, Any]) -> 
     identity = PolicyProcessorPipeline(steps=[])
     policy.eval()
     stock = stock_rollout(vector, policy, identity, identity, processors.pre, processors.post, seeds=seeds)
-    ours = rollout(policy, processors, Here(), task_of(env, policy.config), seeds=seeds)
+    ours = rollout(policy, processors, SyncVectorEnv(), env_spec(env, policy.config), seeds=seeds)
     assert np.array_equal(np.concatenate(ours.actions, axis=1)[:, :25], stock["action"].numpy())
     for i, episode in enumerate(ours.episodes):
         assert episode.steps == 25
@@ -84,7 +85,7 @@ def test_rollouts_are_stock_lerobots(obs_type: str, options: dict[str, Any]) -> 
 
 def test_success_ends_an_episode() -> None:
     """A policy that replays a demonstration solves its seed and stops there; its neighbour goes on."""
-    from pusht_act.demos import embedded
+    from pusht_act.demos import builtin as embedded
     from pusht_act.demos.replay import replay
 
     env = PushtEnv(obs_type="environment_state_agent_pos", episode_length=300)
@@ -106,8 +107,8 @@ def test_success_ends_an_episode() -> None:
 
         def reset(self) -> None: ...
 
-    task = task_of(env, policy.config)
-    result = rollout(Replay(), processors, Here(), task, seeds=[demonstration.start, 7])
+    task = env_spec(env, policy.config)
+    result = rollout(Replay(), processors, SyncVectorEnv(), task, seeds=[demonstration.start, 7])
     solved, other = result.episodes
     assert (solved.success, solved.steps, solved.max_reward) == (True, solved_at, 1.0)
     assert solved.coverage > 0.95
@@ -118,9 +119,9 @@ def test_an_episodes_numbers_do_not_depend_on_how_many_are_asked_for() -> None:
     env = PushtEnv(obs_type="environment_state_agent_pos", episode_length=20)
     policy, processors = policy_for(env)
     config = EvalConfig(n_episodes=5, batch_size=2, start_seed=50, n_videos=0)
-    five = evaluate(policy, processors, [Here()], env, config).episodes
+    five = evaluate(policy, processors, [SyncVectorEnv()], env, config).episodes
     config.n_episodes = 3
-    three = evaluate(policy, processors, [Here()], env, config).episodes
+    three = evaluate(policy, processors, [SyncVectorEnv()], env, config).episodes
     assert five[:3] == three
     assert [episode.seed for episode in five] == [50, 51, 52, 53, 54]
     assert [episode.episode_ix for episode in five] == [0, 1, 2, 3, 4]

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 import pusht_act
-from pusht_act import checkpoint as checkpoints
-from pusht_act import evaluations
-from pusht_act import step as step_module
-from pusht_act.evaluate import Evaluation
+from pusht_act.checkpoints import checkpoint_io as checkpoints
+from pusht_act.evaluation.evaluate import Evaluation
 from pusht_act.job import Result
+from pusht_act.training import async_evaluation as evaluations
+from pusht_act.training import train_step as step_module
 from tests.test_train import assert_same_bits, metrics
 
 Tiny = Callable[..., Result]

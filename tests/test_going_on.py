@@ -12,11 +12,11 @@ from omegaconf import OmegaConf
 
 import pusht_act
 from benchmarks.forked import Commands, appears
-from pusht_act import evaluations
-from pusht_act.checked import config_from
-from pusht_act.going_on import FREE, _differences
+from pusht_act.checkpoints.resume import RESULT_NEUTRAL_KEYS, _differences
+from pusht_act.config.validation import to_config
 from pusht_act.job import Result
-from pusht_act.run_dir import CONFIG_PART
+from pusht_act.runs.provenance import CONFIG_PART
+from pusht_act.training import async_evaluation as evaluations
 from tests.conftest import TINY, tiny_command
 from tests.test_train import assert_same_bits, metrics
 
@@ -91,9 +91,9 @@ def test_a_finished_run_is_left_as_it_is(copy: Path, caplog: pytest.LogCaptureFi
 def test_a_section_younger_than_the_run_makes_no_difference(section: str, finished: Path) -> None:
     """Its defaults are what was done before."""
     begun = json.loads((finished / "checkpoints/last/pretrained_model/pusht_act.json").read_text())["config"]
-    config = config_from(OmegaConf.create(begun))
+    config = to_config(OmegaConf.create(begun))
     assert begun.pop(section)
-    assert list(_differences(begun, config, FREE)) == []
+    assert list(_differences(begun, config, RESULT_NEUTRAL_KEYS)) == []
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_is_not_its_own_is_refused(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", ["resume.auto=true", "resume.auto=false", "resume={auto:true}"])
-@pytest.mark.parametrize("mode", ["mode=resume", "mode=dagger", "mode=eval checkpoint=x", "mode=demos"])
+@pytest.mark.parametrize("mode", ["mode=resume", "mode=eval checkpoint=x", "mode=demos"])
 def test_where_it_means_nothing_it_is_refused(given: str, mode: str, in_tmp: Path) -> None:
     with pytest.raises(ValueError, match="resume.auto=(True|False) is for mode=test and mode=full.*leave it out"):
         pusht_act.run([*mode.split(), given])

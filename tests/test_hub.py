@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
 import pusht_act
-from pusht_act import hub
-from pusht_act.checked import config_from
-from pusht_act.config import Config
+from pusht_act.checkpoints import hub
+from pusht_act.config.schema import Config
+from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
 from tests.conftest import TINY
 
@@ -29,7 +29,7 @@ COMMAND = "pusht-act seed=3 policy.push_to_hub=true"
 
 def config(*overrides: str) -> Config:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
-        return config_from(hydra.compose("config", list(overrides)))
+        return to_config(hydra.compose("config", list(overrides)))
 
 
 def card(*overrides: str, metrics: dict[str, float] | None = None) -> ModelCard:

@@ -19,12 +19,12 @@ from lerobot.transforms import ImageTransformsConfig
 from omegaconf import OmegaConf
 
 import pusht_act
-from pusht_act.checked import config_from
-from pusht_act.config import Config
-from pusht_act.inherit import inherit
-from pusht_act.lerobot_config import decode
+from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.checkpoints.merge_config import merge_checkpoint_config
+from pusht_act.config.lerobot import decode
+from pusht_act.config.schema import Config
+from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
-from pusht_act.run_dir import Checkpoint
 from tests.conftest import TINY
 
 STATE = PolicyFeature(FeatureType.STATE, (2,))
@@ -38,7 +38,7 @@ def inherited(checkpoint: Checkpoint, *overrides: str, mode: str = "resume") -> 
         cfg = hydra.compose("config", given, return_hydra_config=True)
     OmegaConf.set_struct(cfg, False)
     choices = dict(cfg.pop("hydra").runtime.choices)
-    return config_from(inherit(cfg, checkpoint, given, choices, resume=mode == "resume"))
+    return to_config(merge_checkpoint_config(cfg, checkpoint, given, choices, resume=mode == "resume"))
 
 
 def checkpoint_of(run: Path) -> Checkpoint:

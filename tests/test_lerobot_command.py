@@ -18,10 +18,10 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 
 import pusht_act
-from pusht_act.checked import config_from
-from pusht_act.config import Config, Mode
-from pusht_act.lerobot_command import _text, lerobot_command
-from pusht_act.lerobot_config import decode, train_pipeline_config
+from pusht_act.config.lerobot import decode, train_pipeline_config
+from pusht_act.config.lerobot_command import _text, lerobot_command
+from pusht_act.config.schema import Config, Mode
+from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
 from tests.conftest import TINY
 
@@ -30,7 +30,7 @@ HERE = "policy.device=cpu"  # `auto` is left to stock, which warns
 
 def job(*overrides: str) -> Config:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
-        return config_from(hydra.compose("config", [HERE, *overrides]))
+        return to_config(hydra.compose("config", [HERE, *overrides]))
 
 
 def words(command: str) -> tuple[str, list[str]]:

@@ -15,10 +15,10 @@ import pytest
 
 import pusht_act
 from benchmarks.forked import Commands, appears
-from pusht_act import lock as module
 from pusht_act.job import Result
-from pusht_act.lock import DEAD, NAME, Holder, is_lock, locked
-from pusht_act.run_dir import check_unused
+from pusht_act.runs.run_dir import ensure_unused
+from pusht_act.runtime import lock as module
+from pusht_act.runtime.lock import DEAD, NAME, Holder, is_lock, locked
 from tests.conftest import tiny_command
 
 ELSEWHERE = replace(Holder(), host="elsewhere", boot="another", namespace="another", token="b")
@@ -48,7 +48,7 @@ def test_the_second_writer_is_told_who_the_first_is_and_what_to_do(tmp_path: Pat
         said = refused(run)
         for part in (f"output_dir={run}", f"process {os.getpid()} on {socket.gethostname()}", "give another", "delete"):
             assert part in said
-        check_unused(run, overwrite=False)  # to its holder it is empty
+        ensure_unused(run, overwrite=False)  # to its holder it is empty
         (run / "config.yaml").touch()
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
 
@@ -80,7 +80,7 @@ def test_a_dead_holders_place_is_taken(holder: Holder, untouched: float, stays: 
         assert f"process {holder.pid} on {holder.host}" in refused(run)
         assert json.loads(path.read_text()) == asdict(holder)
         return
-    check_unused(run, overwrite=False)
+    ensure_unused(run, overwrite=False)
     leave(run, holder, untouched).rename(run / f".{NAME}.left")  # as by one killed while it took another's place
     leave(run, holder, untouched)
     with locked(run):
@@ -193,16 +193,14 @@ def test_a_disk_that_takes_no_lock_is_an_error_of_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("mode", ["same", "resume", "dagger"])
+@pytest.mark.parametrize("mode", ["same", "resume"])
 def test_two_jobs_do_not_write_to_one_directory(mode: str, tmp_path: Path, commands: Commands) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
-    options = ["mode=dagger", "dagger.rounds=1"] if mode == "dagger" else []
-    first = commands.start(tiny_command(*options, "steps=100000", f"output_dir={run}"), output)
+    first = commands.start(tiny_command("steps=100000", f"output_dir={run}"), output)
     appears(output, "step 1/")
     second = {
         "same": tiny_command(f"output_dir={run}", "overwrite=true"),
         "resume": ["mode=resume", f"output_dir={run}"],
-        "dagger": ["mode=resume", f"output_dir={run / 'round-0'}"],
     }[mode]
     with pytest.raises(FileExistsError, match=f"is being written by process {first} on {socket.gethostname()}"):
         pusht_act.run(second)

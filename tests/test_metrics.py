@@ -19,11 +19,12 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
 
 import pusht_act
-from pusht_act.checked import config_from
-from pusht_act.config import Config
+from pusht_act.config.schema import Config
+from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
-from pusht_act.metrics import JsonLines, Metrics, Window
-from pusht_act.run_dir import RunDir
+from pusht_act.runs.loggers import JsonlLogger, Metrics
+from pusht_act.runs.run_dir import RunDir
+from pusht_act.training.metrics import MetricAccumulator
 from tests.conftest import TINY
 
 LOSSES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
@@ -31,7 +32,7 @@ LOSSES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
 
 def config(*overrides: str) -> Config:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
-        return config_from(hydra.compose("config", list(overrides)))
+        return to_config(hydra.compose("config", list(overrides)))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -40,11 +41,11 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @given(losses=LOSSES, data=st.data())
 def test_means_do_not_depend_on_where_a_checkpoint_was_taken(losses: list[float], data: st.DataObject) -> None:
-    whole, broken, finite = Window(), Window(), []
+    whole, broken, finite = MetricAccumulator(), MetricAccumulator(), []
     stop = data.draw(st.integers(0, len(losses)))
     for step, loss in enumerate(losses):
         if step == stop:
-            broken = Window(json.loads(json.dumps(broken.sums())))
+            broken = MetricAccumulator(json.loads(json.dumps(broken.sums())))
         skipped = data.draw(st.booleans())
         finite += [] if skipped else [loss]
         for window in (whole, broken):
@@ -57,26 +58,26 @@ def test_means_do_not_depend_on_where_a_checkpoint_was_taken(losses: list[float]
 
 
 def test_an_empty_window_has_no_means() -> None:
-    assert Window().means() == {}
+    assert MetricAccumulator().means() == {}
 
 
 @pytest.mark.parametrize("skipped", [0.0, 1.0])
 def test_a_window_of_skipped_steps_has_their_number_alone(skipped: float) -> None:
-    window = Window()
+    window = MetricAccumulator()
     for _ in range(3):
         window.add({"loss": torch.tensor(torch.nan if skipped else 2.0)}, torch.tensor(skipped))
     assert window.means() == ({"skipped": 3.0} if skipped else {"loss": 2.0})
     assert window.newly_skipped() == 3 * skipped
     assert window.newly_skipped() == 0
     window.add({"loss": torch.tensor(torch.nan)}, torch.tensor(1.0))
-    resumed = Window(window.sums())
+    resumed = MetricAccumulator(window.sums())
     assert window.newly_skipped() == 1
     resumed.add({"loss": torch.tensor(torch.nan)}, torch.tensor(1.0))
-    assert resumed.newly_skipped() == 1, "those before are counted in LoopState"
+    assert resumed.newly_skipped() == 1, "those before are counted in TrainerState"
 
 
 def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path / "run" / "metrics.jsonl", resumed_at=0)
+    sink = JsonlLogger(tmp_path / "run" / "metrics.jsonl", resumed_at=0)
     sink.log({"train/loss": 0.5}, 200)
     assert lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 200, "train/loss": 0.5}]
     sink.close()
@@ -90,17 +91,17 @@ def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(
     whole = [json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in steps]
     last = json.dumps({"step": 31, "train/loss": 1.0})
     path.write_text("".join(whole) + last[: min(torn, len(last) - 1)])
-    JsonLines(path, resumed_at).close()
+    JsonlLogger(path, resumed_at).close()
     assert [line["step"] for line in lines(path)] == [step for step in steps if step <= resumed_at]
 
 
 def test_a_resume_drops_the_evaluation_that_it_does_again_and_nothing_else_of_its_step(tmp_path: Path) -> None:
-    sink = JsonLines(tmp_path / "metrics.jsonl", resumed_at=0)
+    sink = JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=0)
     logged = [(1, "eval/pc_success"), (2, "train/loss"), (2, "eval/loss"), (3, "train/loss"), (2, "eval/pc_success")]
     for step, key in logged:
         sink.log({key: 0.0}, step)
     sink.close()
-    JsonLines(tmp_path / "metrics.jsonl", resumed_at=3, pending=2).close()
+    JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=3, pending=2).close()
     assert [(line["step"], list(line)[1]) for line in lines(tmp_path / "metrics.jsonl")] == logged[:-1]
 
 
@@ -116,7 +117,7 @@ def test_a_resume_keeps_the_lines_of_roll_backs_that_its_checkpoint_knows_of(
         assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4]
         metrics.rolled_back(4, None, number=2, diverged_at=8)
         metrics.log("train", {"loss": 0.5}, 5)
-    JsonLines(path, resumed_at, None, rollbacks).close()
+    JsonlLogger(path, resumed_at, None, rollbacks).close()
     assert [line["rollback/number"] for line in lines(path) if "rollback/number" in line] == kept
     assert [line["step"] for line in lines(path) if "train/loss" in line] == [1, 2, 3, 4, 5][:resumed_at]
 
@@ -124,7 +125,7 @@ def test_a_resume_keeps_the_lines_of_roll_backs_that_its_checkpoint_knows_of(
 def test_bytes_that_a_power_cut_left_behind_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "train/loss": 1.0}\n{"step": 2, "tra\x00\x00\xff\xfe')
-    sink = JsonLines(path, resumed_at=5)
+    sink = JsonlLogger(path, resumed_at=5)
     sink.log({"train/loss": 2.0}, 6)
     sink.close()
     assert [line["step"] for line in lines(path)] == [1, 6]

@@ -17,13 +17,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial
 
 from benchmarks.forked import Commands, appears
-from pusht_act import optuna_sweeper, pruning, sweep
-from pusht_act.config import Direction, OptunaConfig, Pruner, PrunerConfig
+from pusht_act.config.schema import Direction, OptunaConfig, Pruner, PrunerConfig
 from pusht_act.main import CONFIG_DIR
-from pusht_act.optuna_sweeper import search_space
-from pusht_act.pruning import Reporter, reporter
-from pusht_act.sweep import Job, jobs
-from pusht_act.sweep_table import best
+from pusht_act.sweeps import optuna_sweeper, pruning, sweep
+from pusht_act.sweeps.optuna_sweeper import search_space
+from pusht_act.sweeps.pruning import Reporter, reporter
+from pusht_act.sweeps.state import Job, load_jobs
+from pusht_act.sweeps.table import format_best
 from tests.conftest import tiny_command
 from tests.test_sweep import ran, states
 
@@ -44,7 +44,7 @@ def told(directory: Path) -> list[tuple[Any, ...]]:
 
 def done(directory: Path) -> list[tuple[Any, ...]]:
     """What each job was and came to."""
-    return [(each.number, each.state, each.overrides, each.step, each.objective) for each in jobs(directory)]
+    return [(each.number, each.state, each.overrides, each.step, each.objective) for each in load_jobs(directory)]
 
 
 def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tmp_path: Path) -> None:
@@ -57,11 +57,11 @@ def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tm
     assert commands.run([*command, f"hydra.sweep.dir={whole}"], output) == 0, output.read_text()
     printed = output.read_text()
     assert states(printed) == [[str(number), "done", "1"] for number in range(6)]
-    best = max(jobs(whole), key=lambda each: each.objective or 0)
-    said = f"best: job {best.number}, avg_sum_reward {best.objective:.4g}, {best.overrides[-1]}\n"
-    assert best.overrides[-1].startswith("env.episode_length=")
+    format_best = max(load_jobs(whole), key=lambda each: each.objective or 0)
+    said = f"best: job {format_best.number}, avg_sum_reward {format_best.objective:.4g}, {format_best.overrides[-1]}\n"
+    assert format_best.overrides[-1].startswith("env.episode_length=")
     assert said in printed
-    assert study_of(whole).best_trial.number == best.number
+    assert study_of(whole).best_trial.number == format_best.number
 
     pid = commands.start([*command, f"hydra.sweep.dir={cut}"], output)
     appears(output, "#3 :")
@@ -74,7 +74,7 @@ def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tm
     assert len(refused.read_text().splitlines()) == 1
     os.kill(pid, signal.SIGKILL)
     assert commands.wait(pid) == -signal.SIGKILL
-    assert [each.state for each in jobs(cut)] == ["done"] * 3 + ["interrupted"] + ["waiting"] * 2
+    assert [each.state for each in load_jobs(cut)] == ["done"] * 3 + ["interrupted"] + ["waiting"] * 2
     assert [trial.state for trial in study_of(cut).trials] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING] * 2
 
     assert commands.run(["-m", f"sweep.resume={cut}"], output) == 0, output.read_text()
@@ -83,13 +83,13 @@ def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tm
     assert re.search(r"going on from \S+/3/checkpoints/0000\d\d", output.read_text())
     assert done(cut) == done(whole)
     assert told(cut) == told(whole)
-    chosen = [each.overrides[-1] for each in jobs(whole)]
+    chosen = [each.overrides[-1] for each in load_jobs(whole)]
     assert len(set(chosen)) > 3
     runs = [json.loads((cut / str(job) / "metrics.jsonl").read_text().splitlines()[-1])["step"] for job in range(6)]
     assert runs == [60] * 6
 
     assert commands.run(["-m", f"sweep.resume={cut}", "hydra.sweeper.n_trials=7"], output) == 0, output.read_text()
-    assert [each.tries for each in jobs(cut)] == [1, 1, 1, 2, 1, 1, 1], "only the one that is new"
+    assert [each.tries for each in load_jobs(cut)] == [1, 1, 1, 2, 1, 1, 1], "only the one that is new"
     assert commands.run(["-m", f"sweep.resume={cut}"], output) == 0
     assert states(output.read_text())[6] == ["6", "done", "1"]
 
@@ -101,7 +101,7 @@ def test_bad_trials_are_pruned(commands: Commands, tmp_path: Path) -> None:
         "hydra.sweeper.pruner.n_startup_trials=1", "hydra.sweeper.pruner.n_warmup_steps=6", f"hydra.sweep.dir={folder}",
     ]  # fmt: skip
     assert commands.run(command, output) == 0, output.read_text()
-    found = jobs(folder)
+    found = load_jobs(folder)
     pruned = [each for each in found if each.state == "pruned"]
     assert 0 < len(pruned) < 5
     assert found[0].state == "done"
@@ -217,8 +217,8 @@ def chosen(directory: Path, number: int, given: OptunaConfig) -> list[str]:
     for i in range(number):
         params = {"x": 10 * i / number}
         study.add_trial(create_trial(params=params, distributions=space, value=-((params["x"] - 7) ** 2)))
-    first = optuna_sweeper._chosen(study, number, space, given)
-    assert optuna_sweeper._chosen(study, number, space, given) == first, "chosen once"
+    first = optuna_sweeper._suggest(study, number, space, given)
+    assert optuna_sweeper._suggest(study, number, space, given) == first, "chosen once"
     assert len(study.trials) == number + 1
     return first
 
@@ -296,6 +296,6 @@ def test_the_best_is_by_the_direction(tmp_path: Path) -> None:
         (Direction.minimize, "job 0, pc_success 20.0 %"),
     ):
         (tmp_path / "sweep.json").write_text(json.dumps({"direction": direction.value}))
-        assert best(sweep._direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
+        assert format_best(sweep._direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
     (tmp_path / "sweep.json").write_text("{}")
-    assert best(sweep._direction(tmp_path), found) == [], "of a grid none is sought"
+    assert format_best(sweep._direction(tmp_path), found) == [], "of a grid none is sought"

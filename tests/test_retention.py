@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 import pusht_act
-from pusht_act import retention
-from pusht_act.config import CheckpointsConfig
-from pusht_act.integrity import damage
+from pusht_act.checkpoints import retention
+from pusht_act.checkpoints.manifest import find_corruption
+from pusht_act.checkpoints.retention import prune, remove, remove_temp_files, resolve_symlink, set_symlink
+from pusht_act.config.schema import CheckpointsConfig
 from pusht_act.job import Result
-from pusht_act.retention import clear_leftovers, link, linked, prune, remove
-from pusht_act.run_dir import RunDir
+from pusht_act.runs.run_dir import RunDir
 
 Tiny = Callable[..., Result]
 
@@ -22,9 +22,9 @@ def fake(path: Path, *steps: int, last: int, best: int | None = None) -> RunDir:
     run = RunDir(path)
     for step in steps:
         (run.checkpoints / f"{step:06d}" / "pretrained_model").mkdir(parents=True)
-    link(run, "last", f"{last:06d}")
+    set_symlink(run, "last", f"{last:06d}")
     if best is not None:
-        link(run, "best", f"{best:06d}")
+        set_symlink(run, "best", f"{best:06d}")
     return run
 
 
@@ -57,7 +57,7 @@ def test_nothing_goes_where_last_points_nowhere(tmp_path: Path) -> None:
         (run.path / "elsewhere").mkdir()
         if target is not None:
             (run.checkpoints / "last").symlink_to(target)
-        assert linked(run, "last") is None
+        assert resolve_symlink(run, "last") is None
         prune(run, CheckpointsConfig(1, 0))
         assert steps_of(run) == [10, 20]
 
@@ -86,7 +86,7 @@ def test_a_removal_that_is_killed_leaves_a_hidden_folder_which_the_next_save_del
         (run.checkpoints / name).mkdir()
     (run.checkpoints / ".last.new").symlink_to("000010")
     (run.checkpoints / ".mine").touch()
-    clear_leftovers(run)
+    remove_temp_files(run)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".mine", "000020", "last"]
 
 
@@ -106,14 +106,14 @@ def test_a_link_always_points_somewhere(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for name in ("000001", "000002"):
         (run.checkpoints / name).mkdir(parents=True)
-        link(run, "last", name)
+        set_symlink(run, "last", name)
         assert (run.checkpoints / "last").resolve().name == name
 
 
 def test_a_run_keeps_what_it_is_told_to(tiny: Tiny) -> None:
     run = RunDir(tiny("steps=7", "save_freq=1", "checkpoints.keep_last=2", "checkpoints.keep_every=3").output_dir)
     assert steps_of(run) == [3, 6, 7]
-    assert all(damage(run.checkpoints / f"{step:06d}") is None for step in steps_of(run))
+    assert all(find_corruption(run.checkpoints / f"{step:06d}") is None for step in steps_of(run))
     pusht_act.run(["mode=resume", f"output_dir={run.path}", "steps=9"])
     assert steps_of(run) == [3, 6, 8, 9], "the checkpoint's own options hold"
     pusht_act.run(["mode=resume", f"output_dir={run.path}", "steps=10", "checkpoints.keep_last=1"])
@@ -123,11 +123,11 @@ def test_a_run_keeps_what_it_is_told_to(tiny: Tiny) -> None:
 def test_the_best_stays_also_where_no_save_was_due(tiny: Tiny) -> None:
     options = ("eval_freq=1", "save_freq=2", "env.episode_length=40", "policy.optimizer_lr=1e-2")
     run = RunDir(tiny("steps=8", *options, "checkpoints.keep_last=1").output_dir)
-    best, last = linked(run, "best"), linked(run, "last")
+    best, last = resolve_symlink(run, "best"), resolve_symlink(run, "last")
     assert best is not None
     assert last is not None
     assert steps_of(run) == sorted({int(best.name), 8})
-    assert damage(best) is None
+    assert find_corruption(best) is None
 
 
 def test_a_save_that_was_killed_while_pruning_is_gone_on_from(

@@ -14,18 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pusht_act import run_dir
-from pusht_act.run_dir import (
-    Checkpoint,
-    RunDir,
-    check_unused,
-    command_line,
-    find_checkpoint,
-    last_checkpoint,
-    move_aside,
-    package_versions,
-    write_provenance,
-)
+from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, last_checkpoint
+from pusht_act.runs import provenance
+from pusht_act.runs.provenance import command_line, package_versions, write_provenance
+from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 
 
 def write_run(path: Path, *steps: int) -> Path:
@@ -44,8 +36,8 @@ def write_run(path: Path, *steps: int) -> Path:
 
 
 def test_an_absent_or_empty_directory_may_be_used(tmp_path: Path) -> None:
-    check_unused(tmp_path / "absent", overwrite=False)
-    check_unused(tmp_path, overwrite=False)
+    ensure_unused(tmp_path / "absent", overwrite=False)
+    ensure_unused(tmp_path, overwrite=False)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -53,15 +45,15 @@ def test_a_directory_in_use_is_refused_unless_it_may_be_moved(kind: str, tmp_pat
     path = tmp_path / "run"
     path.touch() if kind == "file" else write_run(path, 1)
     with pytest.raises(FileExistsError, match=r"is in use: .*mode=resume.* job_name= or output_dir=.* overwrite=true"):
-        check_unused(path, overwrite=False)
-    check_unused(path, overwrite=True)
+        ensure_unused(path, overwrite=False)
+    ensure_unused(path, overwrite=True)
 
 
 def test_the_working_directory_and_those_above_are_never_moved(in_tmp: Path) -> None:
     (in_tmp / "work").touch()
     for path in (Path(), Path(".."), in_tmp, in_tmp.parent):
         with pytest.raises(FileExistsError, match="working directory"):
-            check_unused(path, overwrite=True)
+            ensure_unused(path, overwrite=True)
 
 
 def test_moving_aside_keeps_every_run(tmp_path: Path) -> None:
@@ -168,15 +160,15 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """run_dir.py as a module of another folder, which may be a repository or not."""
-    path = tmp_path / "repository" / "run_dir.py"
+    """provenance.py as a module of another folder, which may be a repository or not."""
+    path = tmp_path / "repository" / "provenance.py"
     path.parent.mkdir()
-    path.write_text(Path(run_dir.__file__).read_text())
-    spec = importlib.util.spec_from_file_location("copied_run_dir", path)
+    path.write_text(Path(provenance.__file__).read_text())
+    spec = importlib.util.spec_from_file_location("copied_provenance", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "copied_run_dir", module)
+    monkeypatch.setitem(sys.modules, "copied_provenance", module)
     spec.loader.exec_module(module)
     return module
 

@@ -16,13 +16,14 @@ import pytest
 from lerobot.common.train_utils import save_training_state
 
 import pusht_act
-from pusht_act import checkpoint as checkpoints
-from pusht_act import saving
-from pusht_act import step as step_module
-from pusht_act.integrity import damage
+from pusht_act.checkpoints import checkpoint_io as checkpoints
+from pusht_act.checkpoints.checkpoint import latest_valid
+from pusht_act.checkpoints.manifest import find_corruption
 from pusht_act.job import Result
-from pusht_act.run_dir import RunDir, newest_sound
-from pusht_act.signals import Stopped
+from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.signals import Stopped
+from pusht_act.training import async_checkpoint as saving
+from pusht_act.training import train_step as step_module
 from tests.conftest import TINY
 from tests.test_evaluations import OPTIONS, Killed, Late, outcome
 from tests.test_train import assert_same_bits, metrics
@@ -164,7 +165,7 @@ def test_killed_again_and_again_it_comes_to_the_same(
     late.lag, late.kills, slow.lag = evaluation, {3, 4, 5, 6, 7, 8}, save
     run, stops, halves = tmp_path / "run", 0, 0
     while True:
-        begun = newest_sound(RunDir(run))[0] is not None
+        begun = latest_valid(RunDir(run))[0] is not None
         try:
             if begun:
                 pusht_act.run(["mode=resume", f"output_dir={run}", "steps=8"])
@@ -174,7 +175,7 @@ def test_killed_again_and_again_it_comes_to_the_same(
         except Killed:
             stops += 1
             halves += len(list((run / "checkpoints").glob(".*.part")))
-            assert [damage(path) for path in (run / "checkpoints").glob("0*")].count(None) == len(
+            assert [find_corruption(path) for path in (run / "checkpoints").glob("0*")].count(None) == len(
                 list((run / "checkpoints").glob("0*"))
             )
     assert stops == 6
@@ -223,7 +224,7 @@ def test_a_save_under_way_is_finished_where_an_error_ends_the_run(
         tiny("save_freq=2")
     last = tmp_path / "run" / "checkpoints" / "last"
     assert last.resolve().name == "000002"
-    assert damage(last) is None
+    assert find_corruption(last) is None
     assert slow.steps_meanwhile == [1]
 
 
@@ -241,7 +242,7 @@ def test_killed_for_real_amid_a_save_it_comes_to_the_same(tiny: Tiny, tmp_path: 
     training.wait()
     last = int((folder / "last").resolve().name)
     assert last >= 3
-    assert {damage(path) for path in folder.glob("0*")} == {None}
+    assert {find_corruption(path) for path in folder.glob("0*")} == {None}
     end = last + 1
     pusht_act.run(["mode=resume", f"output_dir={run}", f"steps={end}"])
     assert not list(folder.glob(".*"))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pusht_act.cores import JOBS, cores
-from pusht_act.run_dir import RunDir
-from pusht_act.sweep import Job, jobs
+from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.system import JOBS, cores
+from pusht_act.sweeps.state import Job, load_jobs
 from tests.conftest import tiny_command
 from tests.test_sweep import states
 
@@ -40,11 +40,11 @@ class Launcher:
             for number in list(awaited):
                 metrics = self.folder / str(number) / "metrics.jsonl"
                 if metrics.exists() and '"step": 2,' in metrics.read_text():
-                    os.kill(jobs(self.folder)[number].holder["pid"], signal.SIGSTOP)
+                    os.kill(load_jobs(self.folder)[number].holder["pid"], signal.SIGSTOP)
                     awaited.remove(number)
             assert time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.002)
-        return [job for job in jobs(self.folder) if job.state == "running"]
+        return [job for job in load_jobs(self.folder) if job.state == "running"]
 
     @staticmethod
     def let_go(halted: list[Job]) -> None:
@@ -120,7 +120,7 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
         assert inode == other
         assert pss + other_pss <= max(rss, other_rss) + 1, "kB, rounded"
 
-    found = jobs(folder)
+    found = load_jobs(folder)
     assert [job.state for job in found] == ["failed", "failed", "interrupted", "interrupted"]
     saved = [int((folder / str(number) / "checkpoints" / "last").resolve().name) for number in (2, 3)]
     with Launcher(folder, f"sweep.resume={folder}") as again:
@@ -132,7 +132,7 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
     unfinished = sum(step < 800 for step in saved)
     assert len(re.findall(r"job [23]: going on from \S+/checkpoints/000\d{3}", printed)) == unfinished, (saved, printed)
     assert "pusht-act: 2 of 4 jobs are not done (job 0: policy.dim_model=32 is not a multiple" in printed
-    assert [job.step for job in jobs(folder)] == [None, None, 800, 800]
+    assert [job.step for job in load_jobs(folder)] == [None, None, 800, 800]
 
 
 def test_a_signal_to_the_launcher_stops_its_jobs(tmp_path: Path) -> None:

@@ -20,10 +20,20 @@ import pytest
 import pusht_act
 from benchmarks.forked import Commands, appears
 from pusht_act import main
-from pusht_act.demos.workers import in_order
 from pusht_act.job import Result
-from pusht_act.signals import STOPPING, Stopped, at_once, begin, deferred, in_charge, listening, wait_for, withheld
-from tests.conftest import TINY, tiny_command
+from pusht_act.runtime.process_pool import imap
+from pusht_act.runtime.signals import (
+    STOPPING,
+    Stopped,
+    at_once,
+    begin,
+    deferred,
+    in_charge,
+    listening,
+    wait_for,
+    withheld,
+)
+from tests.conftest import tiny_command
 from tests.test_evaluations import outcome
 from tests.test_train import assert_same_bits
 
@@ -180,20 +190,6 @@ def test_demonstrations_stop_at_once_and_leave_nothing(after: float, tmp_path: P
     assert not target.exists()
 
 
-def test_dagger_stops_wherever_it_is_and_goes_on(tmp_path: Path, job: Callable[..., Job]) -> None:
-    tiny = [option for option in TINY if not option.startswith("mode=")]
-    run = tmp_path / "run"
-    command = ["mode=dagger", *tiny, "dagger.rounds=1", "dagger.n_rollouts=3", "dagger.workers=1", f"output_dir={run}"]
-    for at in ("step 2/4", "rolling out", "labelling"):
-        stopping = job(*command)
-        code, printed = stopping.stopped(signal.SIGTERM, at)
-        assert code == 143
-        assert "stopped by SIGTERM" in printed.splitlines()[-1]
-        assert "to go on: pusht-act mode=dagger" in printed.splitlines()[-1]
-        assert stopping.seconds < AT_ONCE_S
-    assert pusht_act.run(command).step == 4
-
-
 def test_a_sweep_stops_with_its_job(tmp_path: Path, job: Callable[..., Job]) -> None:
     command = tiny_command("steps=100000", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     code, printed = job("-m", *command).stopped(signal.SIGTERM, "step 2/")
@@ -230,7 +226,7 @@ def test_in_a_slurm_job_sigterm_saves_and_training_goes_on(
                 signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    sends, logger = Sends(), logging.getLogger("pusht_act.train")
+    sends, logger = Sends(), logging.getLogger("pusht_act.training.trainer")
     logger.addHandler(sends)
     try:
         result = tiny("steps=6", "save_freq=0")
@@ -357,7 +353,7 @@ def signal_when_a_lock_is_taken(nth: int) -> Iterator[list[int]]:
 
 
 def by_processes() -> None:
-    with closing(in_order(abs, range(-3, 0), 2, "")) as results:
+    with closing(imap(abs, range(-3, 0), 2, "")) as results:
         assert list(results) == [3, 2, 1]
 
 

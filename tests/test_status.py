@@ -20,8 +20,8 @@ import pytest
 
 import pusht_act
 from benchmarks.forked import Commands, appears
-from pusht_act.lock import Holder
-from pusht_act.sweep import Job
+from pusht_act.runtime.lock import Holder
+from pusht_act.sweeps.state import Job
 from tests.conftest import tiny_command
 
 HERE = Holder()
@@ -155,14 +155,6 @@ def test_the_state_of_a_run_without_a_lock(
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints" / "last").symlink_to(checkpoint)  # "last": to itself
     assert [row["state"] for row in status(tmp_path)] == [state]
-
-
-def test_a_dagger_is_shown_over_its_rounds(tmp_path: Path, status: Callable[[Path], list[dict[str, str]]]) -> None:
-    (tmp_path / "config.yaml").write_text("mode: dagger\nsteps: 1000\nbatch_size: 4\ndagger:\n  rounds: 3\n")
-    for number in (0, 1):
-        (tmp_path / f"round-{number}").mkdir()
-    trained(tmp_path / "round-1")
-    assert status(tmp_path)[0]["step"] == "1,200 / 4,000"
 
 
 def test_a_damaged_sweep_is_named_in_a_line(sweep: Path) -> None:

@@ -16,17 +16,20 @@ from torch._dynamo.testing import CompileCounter
 from torch.optim.lr_scheduler import ExponentialLR
 
 import pusht_act
-from pusht_act import policy as policy_module
-from pusht_act import step as step_module
-from pusht_act.cache import Frames
-from pusht_act.capture import WARM_UP, Captured, Recorder
-from pusht_act.checkpoint import TrainingObjects
-from pusht_act.config import TrainConfig
-from pusht_act.data import SampleOrder, Samples, normalization_stats
+from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.config.schema import TrainConfig
+from pusht_act.data.cache import FrameDataset
+from pusht_act.data.dataset import normalization_stats
+from pusht_act.data.lerobot_reader import open_lerobot_dataset
+from pusht_act.data.loader import BatchLoader
+from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.job import Result
-from pusht_act.lerobot_dataset import open_frames
-from pusht_act.policy import act_loss, make_optimizer, make_policy, make_processors
-from pusht_act.step import Loss, TrainStep, loss_of
+from pusht_act.policy import act as policy_module
+from pusht_act.policy.act import act_loss, make_policy, make_processors
+from pusht_act.policy.optim import make_optimizer
+from pusht_act.training import train_step as step_module
+from pusht_act.training.cuda_graphs import WARM_UP, CudaGraphCallable, Recorder
+from pusht_act.training.train_step import Loss, TrainStep, build_loss
 from tests.conftest import tiny_command
 from tests.recording import Operations
 from tests.test_data import config as dataset_config
@@ -37,37 +40,37 @@ BATCH, RATE = 20, 2.0**-10
 """71 samples: an epoch's fourth batch is short. A rate that fp32 has exactly."""
 
 
-def objects_of(frames: Frames, **policy: Any) -> TrainingObjects:
+def objects_of(frames: FrameDataset, **policy: Any) -> TrainComponents:
     config = act(frames, optimizer_lr_backbone=RATE, **policy)
     torch.manual_seed(0)
     made = make_policy(config)
     processors = make_processors(config, normalization_stats(frames, True))
-    return TrainingObjects(made, processors, make_optimizer(made, AdamWConfig(lr=RATE)), None)
+    return TrainComponents(made, processors, make_optimizer(made, AdamWConfig(lr=RATE)), None)
 
 
 def trained(
-    frames: Frames,
-    objects: TrainingObjects,
+    frames: FrameDataset,
+    objects: TrainComponents,
     steps: int,
     recorder: Recorder | None = None,
     precision: str | None = None,
     loss: Loss = act_loss,
 ) -> list[dict[str, float]]:
     """What each of `steps` steps returned."""
-    samples, order = Samples(frames, objects.policy.config.chunk_size, "cpu"), SampleOrder(frames, [0, 1, 2], 5)
+    samples, order = BatchLoader(frames, objects.policy.config.chunk_size, "cpu"), EpisodeSampler(frames, [0, 1, 2], 5)
     take_step = TrainStep(objects, samples, BATCH, 10.0, precision, loss, recorder)
     torch.manual_seed(1)
-    inputs = samples.in_order(order, BATCH)
+    inputs = samples.iter_batches(order, BATCH)
     return [{k: v.item() for k, v in take_step(take_step.batch(next(inputs))).items()} for _ in range(steps)]
 
 
-def weights(objects: TrainingObjects) -> list[torch.Tensor]:
+def weights(objects: TrainComponents) -> list[torch.Tensor]:
     return list(objects.policy.state_dict().values())
 
 
 @pytest.fixture
-def keypoints(keypoints_dataset: Path) -> Frames:
-    return open_frames(dataset_config(keypoints_dataset))
+def keypoints(keypoints_dataset: Path) -> FrameDataset:
+    return open_lerobot_dataset(dataset_config(keypoints_dataset))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_a_captured_step_is_the_plain_one_bit_for_bit(
     kind: str, use_vae: bool, precision: str, request: pytest.FixtureRequest
 ) -> None:
     """Over two epochs with a short batch each; the random numbers go on where the plain ones would."""
-    frames = open_frames(dataset_config(request.getfixturevalue(kind)))
+    frames = open_lerobot_dataset(dataset_config(request.getfixturevalue(kind)))
     plain, captured, recorder = objects_of(frames, use_vae=use_vae), objects_of(frames, use_vae=use_vae), Operations()
     expected = trained(frames, plain, 9, precision=precision)
     numbers = torch.get_rng_state()
@@ -94,11 +97,11 @@ def test_a_captured_step_is_the_plain_one_bit_for_bit(
     assert len({losses["loss"] for losses in expected}) == 9
 
 
-def test_a_captured_step_follows_the_schedule(keypoints: Frames) -> None:
+def test_a_captured_step_follows_the_schedule(keypoints: FrameDataset) -> None:
     runs = []
     for recorder, decay in ((None, 0.5), (Operations(), 0.5), (Operations(), 1.0)):
         made = objects_of(keypoints)
-        objects = TrainingObjects(made.policy, made.processors, made.optimizer, ExponentialLR(made.optimizer, decay))
+        objects = TrainComponents(made.policy, made.processors, made.optimizer, ExponentialLR(made.optimizer, decay))
         runs.append([losses["loss"] for losses in trained(keypoints, objects, 9, recorder)])
         assert objects.optimizer.param_groups[0]["lr"] == RATE * decay**9, "a number, for schedule and checkpoint"
         assert not objects.optimizer.param_groups[0]["capturable"]
@@ -108,7 +111,7 @@ def test_a_captured_step_follows_the_schedule(keypoints: Frames) -> None:
 
 
 def test_what_cannot_be_captured_is_said_and_launched_operation_by_operation(
-    keypoints: Frames, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    keypoints: FrameDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Broken off after the backward pass, whose gradients must not count twice."""
     clip = step_module.clip_grad_norm_
@@ -128,9 +131,9 @@ def test_what_cannot_be_captured_is_said_and_launched_operation_by_operation(
     assert said.startswith("the step cannot be a CUDA graph (aten._local_scalar_dense.default waits for the device)")
 
 
-def test_a_captured_function_takes_what_it_is_given_and_leaves_it(keypoints: Frames) -> None:
+def test_a_captured_function_takes_what_it_is_given_and_leaves_it(keypoints: FrameDataset) -> None:
     recorder = Operations()
-    double = Captured("doubling", lambda inputs: {"y": inputs["x"] * 2, "name": "same"}, 3, recorder)
+    double = CudaGraphCallable("doubling", lambda inputs: {"y": inputs["x"] * 2, "name": "same"}, 3, recorder)
     given = [torch.full((3,), float(i)) for i in range(WARM_UP + 4)]
     for i, x in enumerate(given):
         outputs = double({"x": x})
@@ -149,7 +152,7 @@ def test_emulated_bf16_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: 
         assert ("many times slower than fp32" in caplog.text) is expected
 
 
-def test_bf16_is_near_fp32_and_is_what_use_amp_asks_for(keypoints: Frames) -> None:
+def test_bf16_is_near_fp32_and_is_what_use_amp_asks_for(keypoints: FrameDataset) -> None:
     fp32 = [losses["loss"] for losses in trained(keypoints, objects_of(keypoints), 30)]
     bf16 = [losses["loss"] for losses in trained(keypoints, objects_of(keypoints), 30, precision="bf16")]
     amp = [losses["loss"] for losses in trained(keypoints, objects_of(keypoints, use_amp=True), 30)]
@@ -195,7 +198,9 @@ def test_a_precision_that_cannot_be_is_refused(tiny: Tiny, given: list[str], mes
         tiny(*given)
 
 
-def test_one_size_is_compiled_once_and_no_name_changes(keypoints: Frames, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_size_is_compiled_once_and_no_name_changes(
+    keypoints: FrameDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a compiler at its end: the graph that one would get, over two epochs with a short batch each."""
     counter = CompileCounter()
     compile_ = torch.compile
@@ -203,7 +208,7 @@ def test_one_size_is_compiled_once_and_no_name_changes(keypoints: Frames, monkey
     plain, compiled = objects_of(keypoints), objects_of(keypoints)
     expected = trained(keypoints, plain, 9)
     counter.clear()
-    loss = loss_of(TrainConfig(compile=True), torch.device("cpu"))
+    loss = build_loss(TrainConfig(compile=True), torch.device("cpu"))
     assert trained(keypoints, compiled, 9, loss=loss) == expected
     assert counter.frame_count == 2, "the trial and the loss"
     assert plain.policy.state_dict().keys() == compiled.policy.state_dict().keys()
@@ -235,11 +240,11 @@ def test_a_machine_without_a_compiler(
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
     with pytest.raises(ValueError, match="train.compile=true: nothing can be compiled on this machine .*=false"):
-        loss_of(TrainConfig(compile=True), torch.device("cpu"))
-    assert loss_of(TrainConfig(compile=None), torch.device("cpu")) is act_loss
+        build_loss(TrainConfig(compile=True), torch.device("cpu"))
+    assert build_loss(TrainConfig(compile=None), torch.device("cpu")) is act_loss
     assert "compiled" not in caplog.text
     if not torch.cuda.is_available():
-        assert loss_of(TrainConfig(compile=None), torch.device("cuda")) is act_loss
+        assert build_loss(TrainConfig(compile=None), torch.device("cuda")) is act_loss
         assert "nothing can be compiled on this machine" in caplog.text
 
 
@@ -247,8 +252,8 @@ def test_weights_that_lie_channels_last_are_saved_and_loaded_as_lerobots(
     tiny: Tiny, image_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: the files are stock's to read, and a resumed run is the whole one to the bit."""
-    placed = policy_module._placed
-    monkeypatch.setattr(policy_module, "_placed", lambda made: placed(made).to(memory_format=torch.channels_last))
+    placed = policy_module._to_device
+    monkeypatch.setattr(policy_module, "_to_device", lambda made: placed(made).to(memory_format=torch.channels_last))
     given = ["env=pusht", "dataset=pusht", f"dataset.root={image_dataset}", "steps=4", "save_freq=2"]
     whole, branch = tiny(*given).output_dir, tmp_path / "branch"
     pusht_act.run(["mode=resume", f"resume.path={whole}/checkpoints/000002", "steps=4", f"output_dir={branch}"])

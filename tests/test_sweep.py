@@ -14,11 +14,12 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from benchmarks.forked import Commands, appears
-from pusht_act import sweep
-from pusht_act.lock import Holder
 from pusht_act.main import CONFIG_DIR
-from pusht_act.sweep import Job, arguments, jobs
-from pusht_act.sweep_table import table
+from pusht_act.runtime.lock import Holder
+from pusht_act.sweeps import sweep
+from pusht_act.sweeps.state import Job, load_jobs
+from pusht_act.sweeps.sweep import expand_resume_args
+from pusht_act.sweeps.table import format_jobs
 from tests.conftest import tiny_command
 from tests.test_evaluations import outcome
 from tests.test_train import assert_same_bits
@@ -36,10 +37,12 @@ def begun(tmp_path: Path) -> Path:
 
 def test_a_sweep_goes_on_with_the_overrides_it_was_begun_with(begun: Path) -> None:
     there = f"hydra.sweep.dir={begun}"
-    assert arguments(["-m", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there]
+    assert expand_resume_args(["-m", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there]
     elsewhere = ["sweep.max_tries=9", "hydra/launcher=submitit_local"]
-    assert arguments([*elsewhere, "--multirun", f"sweep.resume={begun}"]) == ["-m", *BEGAN, *elsewhere, there]
-    assert arguments(["-m", "seed=1,2", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there], "in the order of then"
+    assert expand_resume_args([*elsewhere, "--multirun", f"sweep.resume={begun}"]) == ["-m", *BEGAN, *elsewhere, there]
+    assert expand_resume_args(["-m", "seed=1,2", f"sweep.resume={begun}"]) == ["-m", *BEGAN, there], (
+        "in the order of then"
+    )
 
 
 def test_it_goes_on_with_its_launcher_unless_another_is_given(begun: Path) -> None:
@@ -47,20 +50,20 @@ def test_it_goes_on_with_its_launcher_unless_another_is_given(begun: Path) -> No
     content = json.loads((begun / "sweep.json").read_text())
     (begun / "sweep.json").write_text(json.dumps({**content, "overrides": [*BEGAN, *launcher]}))
     there = f"hydra.sweep.dir={begun}"
-    assert arguments(["-m", f"sweep.resume={begun}"]) == ["-m", *BEGAN, *launcher, there]
+    assert expand_resume_args(["-m", f"sweep.resume={begun}"]) == ["-m", *BEGAN, *launcher, there]
     other = ["sweep.max_tries=2", "hydra.launcher.partition=cpu"]
-    assert arguments(["-m", *other, f"sweep.resume={begun}"]) == ["-m", *BEGAN, launcher[0], *other, there]
-    assert arguments(["-m", *BEGAN, there]) == ["-m", *BEGAN, there], "elsewhere is no other sweep"
+    assert expand_resume_args(["-m", *other, f"sweep.resume={begun}"]) == ["-m", *BEGAN, launcher[0], *other, there]
+    assert expand_resume_args(["-m", *BEGAN, there]) == ["-m", *BEGAN, there], "elsewhere is no other sweep"
 
 
 def test_the_same_command_goes_on_too(begun: Path) -> None:
     hydras_among_them = ["-m", "mode=test", "hydra/sweeper=basic", f"hydra.sweep.dir={begun}", "seed=1,2"]
-    assert arguments(hydras_among_them) == hydras_among_them
+    assert expand_resume_args(hydras_among_them) == hydras_among_them
 
 
 @pytest.mark.parametrize("argv", [["mode=test"], ["-m", "seed=1,2"], ["-m", "seed=1,2", "hydra.sweep.dir=/nowhere"]])
 def test_other_commands_are_left_alone(argv: list[str]) -> None:
-    assert arguments(argv) == argv
+    assert expand_resume_args(argv) == argv
 
 
 @pytest.mark.parametrize(
@@ -77,19 +80,19 @@ def test_other_commands_are_left_alone(argv: list[str]) -> None:
 )  # fmt: skip
 def test_another_sweep_is_refused_with_what_differs(argv: list[str], said: str, begun: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        arguments([each.replace("DIR", str(begun)) for each in argv])
+        expand_resume_args([each.replace("DIR", str(begun)) for each in argv])
     assert said.replace("DIR", str(begun)) in str(caught.value)
 
 
 def test_a_damaged_identity_is_named(begun: Path) -> None:
     (begun / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match="sweep.json is damaged"):
-        arguments(["-m", f"sweep.resume={begun}"])
+        expand_resume_args(["-m", f"sweep.resume={begun}"])
 
 
 def test_a_job_whose_process_is_gone_was_interrupted(begun: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", "import json, dataclasses, pusht_act.lock as l; "
+        [sys.executable, "-c", "import json, dataclasses, pusht_act.runtime.lock as l; "
          "print(json.dumps(dataclasses.asdict(l.Holder())))"],
         capture_output=True, check=True,
     )  # fmt: skip
@@ -97,10 +100,10 @@ def test_a_job_whose_process_is_gone_was_interrupted(begun: Path) -> None:
     for number, holder in enumerate((json.loads(ended.stdout), asdict(Holder()))):
         content = asdict(Job(number, [f"seed={number + 1}"], "running", 1, holder=holder))
         (begun / "jobs" / f"{number}.json").write_text(json.dumps(content))
-    assert [each.state for each in jobs(begun)] == ["interrupted", "running"]
+    assert [each.state for each in load_jobs(begun)] == ["interrupted", "running"]
     (begun / "jobs" / "1.json").unlink()
-    assert [each.state for each in jobs(begun)] == ["interrupted", "waiting"]
-    assert [line.split("|")[-1].strip() for line in table(jobs(begun))][1:] == ["seed=1", "mode=test seed=2"]
+    assert [each.state for each in load_jobs(begun)] == ["interrupted", "waiting"]
+    assert [line.split("|")[-1].strip() for line in format_jobs(load_jobs(begun))][1:] == ["seed=1", "mode=test seed=2"]
 
 
 def ran(run: Path) -> int:
@@ -132,7 +135,7 @@ def test_a_sweep_that_was_cut_short_comes_to_the_same_bits(
     appears(cut / "1" / "metrics.jsonl", '"step": 8,')
     os.kill(pid, number)
     assert commands.wait(pid) == (-number if number == signal.SIGKILL else 128 + number)
-    assert [each.state for each in jobs(cut)] == ["done", "interrupted", "waiting"]
+    assert [each.state for each in load_jobs(cut)] == ["done", "interrupted", "waiting"]
     if number == signal.SIGTERM:
         printed = output.read_text()
         assert states(printed) == [["0", "done", "1"], ["1", "interrupted", "1"], ["2", "waiting", "0"]]
@@ -210,7 +213,7 @@ def test_every_preset_is_a_sweep(preset: str) -> None:
         overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
         assert all(override.is_sweep_override() for override in overrides)
         assert preset.startswith("optuna") == ("Optuna" in cfg.hydra.sweeper._target_)
-        jobs = sweep._grid(cfg, [f"sweep={preset}"])
-        assert len(jobs) > 4
-        for each in jobs[-1:]:
+        load_jobs = sweep._grid(cfg, [f"sweep={preset}"])
+        assert len(load_jobs) > 4
+        for each in load_jobs[-1:]:
             hydra.compose("config", each)

@@ -17,19 +17,22 @@ from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
 from safetensors.torch import load_file, save_file
 
 import pusht_act
-from pusht_act.cache import Frames
-from pusht_act.checkpoint import TrainingObjects
-from pusht_act.data import SampleOrder, Samples, normalization_stats, policy_features
+from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.data.cache import FrameDataset
+from pusht_act.data.dataset import normalization_stats, policy_features
+from pusht_act.data.lerobot_reader import open_lerobot_dataset
+from pusht_act.data.loader import BatchLoader
+from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.job import Result
-from pusht_act.lerobot_dataset import open_frames
-from pusht_act.policy import act_loss, make_optimizer, make_policy, make_processors
-from pusht_act.step import train_step
+from pusht_act.policy.act import act_loss, make_policy, make_processors
+from pusht_act.policy.optim import make_optimizer
+from pusht_act.training.train_step import train_step
 from tests.test_data import config as dataset_config
 
 Tiny = Callable[..., Result]
 
 
-def act(frames: Frames, **options: Any) -> ACTConfig:
+def act(frames: FrameDataset, **options: Any) -> ACTConfig:
     inputs, outputs = policy_features(frames)
     return ACTConfig(
         device="cpu",
@@ -50,10 +53,10 @@ def act(frames: Frames, **options: Any) -> ACTConfig:
 @pytest.mark.parametrize("kind", ["image_dataset", "keypoints_dataset"])
 @pytest.mark.parametrize("use_vae", [True, False])
 def test_loss_is_lerobots(kind: str, use_vae: bool, request: pytest.FixtureRequest) -> None:
-    frames = open_frames(dataset_config(request.getfixturevalue(kind)))
+    frames = open_lerobot_dataset(dataset_config(request.getfixturevalue(kind)))
     config = act(frames, use_vae=use_vae, kl_weight=3.0)
     policy, pre = make_policy(config), make_processors(config, normalization_stats(frames, True)).pre
-    batch = pre(Samples(frames, config.chunk_size, "cpu").batch(torch.tensor([0, 20, 22, 50, 70])))
+    batch = pre(BatchLoader(frames, config.chunk_size, "cpu").batch(torch.tensor([0, 20, 22, 50, 70])))
     for training in (True, False):
         policy.train(training)
         torch.manual_seed(0)
@@ -67,7 +70,7 @@ def test_loss_is_lerobots(kind: str, use_vae: bool, request: pytest.FixtureReque
 @pytest.mark.parametrize("kind", ["image_dataset", "keypoints_dataset"])
 def test_first_twenty_losses_and_gradient_norms_are_lerobots(kind: str, request: pytest.FixtureRequest) -> None:
     """Parity of the step: the same weights, batches and noise through LeRobot's `update_policy` and ours, in fp32."""
-    frames = open_frames(dataset_config(request.getfixturevalue(kind)))
+    frames = open_lerobot_dataset(dataset_config(request.getfixturevalue(kind)))
     config = act(frames)
     stats = normalization_stats(frames, True)
 
@@ -75,13 +78,13 @@ def test_first_twenty_losses_and_gradient_norms_are_lerobots(kind: str, request:
         torch.manual_seed(1)
         policy = make_policy(config)
         optimizer = make_optimizer(policy, AdamWConfig(lr=1e-3))
-        pre, data = make_processors(config, stats).pre, Samples(frames, config.chunk_size, "cpu")
-        order = SampleOrder(frames, [0, 1, 2], seed=5)
+        pre, data = make_processors(config, stats).pre, BatchLoader(frames, config.chunk_size, "cpu")
+        order = EpisodeSampler(frames, [0, 1, 2], seed=5)
         torch.manual_seed(2)
         return [step(policy, optimizer, pre(data.batch(order.next_batch(8)))) for _ in range(20)]
 
     def ours(policy: ACTPolicy, optimizer: Any, batch: Any) -> tuple[float, float]:
-        values = train_step(TrainingObjects(policy, None, optimizer, None), batch, 10.0)  # type: ignore[arg-type]
+        values = train_step(TrainComponents(policy, None, optimizer, None), batch, 10.0)  # type: ignore[arg-type]
         return values["loss"].item(), values["grad_norm"].item()
 
     accelerator = Accelerator(cpu=True)
@@ -99,7 +102,7 @@ def test_first_twenty_losses_and_gradient_norms_are_lerobots(kind: str, request:
 
 def test_the_fused_update_is_that_of_lerobots_adamw(keypoints_dataset: Path) -> None:
     """To a rounding; gradients that a ReLU cuts off can differ by more some steps later."""
-    frames = open_frames(dataset_config(keypoints_dataset))
+    frames = open_lerobot_dataset(dataset_config(keypoints_dataset))
     config, adamw = act(frames), AdamWConfig(lr=1e-3, weight_decay=0.1, betas=(0.8, 0.99))
     torch.manual_seed(0)
     fused, plain = make_policy(config), make_policy(config)
@@ -298,9 +301,9 @@ def test_a_normalization_that_leaves_something_out_is_refused(tiny: Tiny) -> Non
 
 def test_noise_and_initialisation_are_apart(keypoints_dataset: Path) -> None:
     """Dropout's stream does not depend on how many numbers initialisation drew."""
-    from pusht_act.seeding import seed_initialisation, seed_training_noise
+    from pusht_act.runtime.seeding import seed_initialisation, seed_training_noise
 
-    frames = open_frames(dataset_config(keypoints_dataset))
+    frames = open_lerobot_dataset(dataset_config(keypoints_dataset))
     draws = []
     for width in (32, 64):
         seed_initialisation(3)

@@ -15,10 +15,10 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.processor_act import make_act_pre_post_processors
 
 import pusht_act
-from pusht_act.explain import explain
-from pusht_act.lerobot_dataset import open_frames
+from pusht_act.checkpoints.safe_loading import STEPS, check_safe_to_load
+from pusht_act.config.errors import explain
+from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.main import CONFIG_DIR, USER_ERRORS
-from pusht_act.vet import STEPS, vet
 from tests.conftest import TINY, tiny_command
 from tests.test_data import config as dataset_config
 from tests.test_errors import command
@@ -178,7 +178,7 @@ NO_STATE_FILES: list[Any] = [
 def test_a_state_file_is_a_safetensors_file_of_the_folder(name: str, file: Any, hostile: Path) -> None:
     step(0, name, state_file=file)(hostile / "pretrained_model")
     with pytest.raises(ValueError, match=rf"{name}: state_file=.* is no .safetensors file of this folder"):
-        vet(hostile / "pretrained_model")
+        check_safe_to_load(hostile / "pretrained_model")
 
 
 def test_weights_to_begin_with_are_looked_at_too(hostile: Path) -> None:
@@ -201,7 +201,7 @@ def test_the_steps_let_through_are_lerobots() -> None:
 
 
 def test_a_sound_model_passes(trained: Path) -> None:
-    vet(trained / "checkpoints/last/pretrained_model")
+    check_safe_to_load(trained / "checkpoints/last/pretrained_model")
 
 
 # Nothing in the package can load a pickle.
@@ -259,7 +259,7 @@ def dataset(keypoints_dataset: Path, tmp_path: Path) -> Path:
 def test_a_template_that_leaves_the_data_set_is_refused(key: str, template: Any, dataset: Path) -> None:
     change("info.json", **{key: template})(dataset / "meta")
     with pytest.raises(ValueError, match=f"info.json: {key}=.* names no file within the data set: fetch it from"):
-        open_frames(dataset_config(dataset))
+        open_lerobot_dataset(dataset_config(dataset))
 
 
 def test_a_job_on_a_hostile_data_set_ends_in_one_line(dataset: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_feature_that_is_no_name_is_refused(key: str, dataset: Path) -> None:
     features = json.loads((dataset / "meta/info.json").read_text())["features"]
     change("info.json", features=features | {key: features["action"]})(dataset / "meta")
     with pytest.raises(ValueError, match="info.json: feature .* is no name with a dtype and a shape"):
-        open_frames(dataset_config(dataset))
+        open_lerobot_dataset(dataset_config(dataset))
 
 
 @pytest.mark.parametrize(
@@ -284,14 +284,14 @@ def test_a_feature_that_is_no_name_is_refused(key: str, dataset: Path) -> None:
 def test_an_info_that_lacks_something_is_named(damage: dict[str, Any], dataset: Path) -> None:
     change("info.json", **damage)(dataset / "meta")
     with pytest.raises(ValueError, match=r"info.json"):
-        open_frames(dataset_config(dataset))
+        open_lerobot_dataset(dataset_config(dataset))
     (dataset / "meta/info.json").write_text("[]")
     with pytest.raises(ValueError, match=r"info.json is damaged \(no JSON object\)"):
-        open_frames(dataset_config(dataset))
+        open_lerobot_dataset(dataset_config(dataset))
 
 
 def test_a_videos_place_in_the_episodes_table_cannot_leave_the_data_set(dataset: Path) -> None:
-    from pusht_act.lerobot_dataset import _within
+    from pusht_act.data.lerobot_reader import _within
 
     for values in ({"video_key": "../../x"}, {"file_index": "../../../x"}):
         with pytest.raises(ValueError, match="names no file within the data set"):

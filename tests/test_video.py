@@ -5,7 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from pusht_act.video import write_video
+from pusht_act.envs.video import write_video
 
 
 def test_videos_show_their_frames_one_after_the_other(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The scripted PushT demonstrator and the demonstrations that come with the package."""
+"""Scripted demonstrations: the expert that solves PushT, its data sets and those embedded in the package."""

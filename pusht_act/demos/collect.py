@@ -22,19 +22,22 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pusht_act.config import DemosConfig
-from pusht_act.demos.demonstrator import Demonstration, demonstrate
+from pusht_act.config.schema import DemosConfig
+from pusht_act.demos.expert import Demonstration, demonstrate
+from pusht_act.demos.initial_states import describe_start
 from pusht_act.demos.planner import PlannerOptions
-from pusht_act.demos.replay import Start
-from pusht_act.demos.starts import shown
-from pusht_act.demos.workers import AGAIN, result_of, worker_processes
-from pusht_act.signals import begin
+from pusht_act.envs.pusht import Start
+from pusht_act.runtime.process_pool import RETRY_HINT, result, worker_processes
+from pusht_act.runtime.signals import begin
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 20
 """Failures before a low success rate ends the job; the default options had none in 2,000 resets."""
-DECIDES = ("coverage.py", "demonstrator.py", "planner.py", "proposals.py", "replay.py", "simulator.py")
+DECIDES = (
+    *("demos/expert.py", "demos/planner.py", "demos/proposals.py"),
+    *("envs/coverage.py", "envs/pusht.py", "envs/simulator.py"),
+)
 """The sources that a demonstration depends on."""
 
 Submit = Callable[[Start], Callable[[], Demonstration]]
@@ -66,7 +69,7 @@ def options_key(options: PlannerOptions) -> str:
     for package in ("gym-pusht", "pymunk", "numpy", "numba"):
         digest.update(version(package).encode())
     for name in DECIDES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
+        digest.update((Path(__file__).parents[1] / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -105,7 +108,7 @@ def collect(
                 solved += 1
                 bar.update()
                 continue
-            log.info("%s is skipped: not solved, %.3f covered", shown(made.start), made.coverage)
+            log.info("%s is skipped: not solved, %.3f covered", describe_start(made.start), made.coverage)
             failures = len(tried) - solved
             if failures >= PATIENCE and failures > 4 * solved:
                 raise ValueError(
@@ -119,18 +122,18 @@ def collect(
 def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[Submit]:
     """A function that has a start planned, in this process or by `workers` others."""
     if workers == 1:
-        yield lambda start: partial(_kept_or_made, folder, options, start)
+        yield lambda start: partial(_load_or_plan, folder, options, start)
         return
 
     def submit(start: Start) -> Callable[[], Demonstration]:
         there = _path(folder, start).exists()
         return (
-            partial(_kept_or_made, folder, options, start)
+            partial(_load_or_plan, folder, options, start)
             if there
-            else partial(result_of, begin(pool, _kept_or_made, folder, options, start))
+            else partial(result, begin(pool, _load_or_plan, folder, options, start))
         )
 
-    with worker_processes(workers, f"what was planned is kept, {AGAIN} demos.workers") as pool:
+    with worker_processes(workers, f"what was planned is kept, {RETRY_HINT} demos.workers") as pool:
         yield submit
 
 
@@ -140,7 +143,7 @@ def _path(folder: Path, start: Start) -> Path:
     return folder / f"state-{hashlib.sha256(struct.pack('<5d', *start)).hexdigest()[:32]}.npz"
 
 
-def _kept_or_made(folder: Path, options: PlannerOptions, start: Start) -> Demonstration:
+def _load_or_plan(folder: Path, options: PlannerOptions, start: Start) -> Demonstration:
     """The demonstration in `start`'s file, or else a new one, which is written there."""
     path = _path(folder, start)
     try:
@@ -148,7 +151,7 @@ def _kept_or_made(folder: Path, options: PlannerOptions, start: Start) -> Demons
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        log.warning("%s is damaged (%s): planning %s again", path, error, shown(start))
+        log.warning("%s is damaged (%s): planning %s again", path, error, describe_start(start))
     made = demonstrate(start, options)
     part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:

@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
-from pusht_act.demos.demonstrator import Demonstration
-from pusht_act.demos.frames import FEATURES, TASK
-from pusht_act.demos.replay import Episode, replayed
-from pusht_act.demos.starts import shown
+from pusht_act.demos.expert import Demonstration
+from pusht_act.demos.features import FEATURES, TASK
+from pusht_act.demos.initial_states import describe_start
+from pusht_act.demos.replay import ReplayedEpisode, replay_all
 
 FPS = 10
 _SCALAR: dict[str, Any] = {"shape": [1], "names": None}
@@ -56,10 +56,10 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
             image_writer_threads=2 if image else 0,
         )
         tried = [(made.start, made.executed) for made in solved]
-        with closing(replayed(tried, image, min(workers, 2))) as episodes:
+        with closing(replay_all(tried, image, min(workers, 2))) as episodes:
             pairs = zip(solved, episodes, strict=True)
             for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
-                assert episode.success[-1], f"the demonstration of {shown(made.start)} does not replay"
+                assert episode.success[-1], f"the demonstration of {describe_start(made.start)} does not replay"
                 if episode.image is not None:
                     counts += _counts(episode.image)
                 for frame in _rows(made, episode):
@@ -72,7 +72,7 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
     _let_others_read(root)
 
 
-def _rows(made: Demonstration, episode: Episode) -> Iterator[dict[str, Any]]:
+def _rows(made: Demonstration, episode: ReplayedEpisode) -> Iterator[dict[str, Any]]:
     """An episode frame by frame; the action is the label, which is what was done unless there is noise."""
     for t in range(len(made.action)):
         seen = (

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from jaxtyping import Float
 
-from pusht_act.demos.demonstrator import Demonstration
-from pusht_act.demos.replay import make_env, replay, reset_to
-from pusht_act.demos.simulator import ARENA
+from pusht_act.demos.expert import Demonstration
+from pusht_act.demos.replay import replay
+from pusht_act.envs.pusht import make_env, reset_to
+from pusht_act.envs.simulator import ARENA
 
 
 def mirrored(points: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N 2"]:

@@ -10,17 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from pusht_act.demos.simulator import (
-    AGENT_RADIUS,
-    AGENT_X,
-    AGENT_Y,
-    ANGLE,
-    ARENA,
-    CENTRE_X,
-    CENTRE_Y,
-    compiled,
-    sides,
-)
+from pusht_act.envs.simulator import AGENT_RADIUS, AGENT_X, AGENT_Y, ANGLE, ARENA, CENTRE_X, CENTRE_Y, compiled, sides
 
 SPACING = 9.0  # px between neighbouring contact points
 STANDOFF = AGENT_RADIUS + 6.0  # from the surface to the agent's centre before a push starts

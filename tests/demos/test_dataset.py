@@ -17,10 +17,12 @@ import pytest
 from filelock import FileLock
 
 import pusht_act
-from pusht_act.demos import collect, dataset
-from pusht_act.demos.demonstrator import Demonstration
-from pusht_act.demos.quality import HUMAN, quality
-from pusht_act.demos.replay import make_env, replay, reset_to
+from pusht_act.demos import collect
+from pusht_act.demos import generate as dataset
+from pusht_act.demos.dataset_stats import HUMAN, dataset_stats
+from pusht_act.demos.expert import Demonstration
+from pusht_act.demos.replay import replay
+from pusht_act.envs.pusht import make_env, reset_to
 from pusht_act.job import Result
 
 START = 2_000_000
@@ -88,7 +90,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seeds that were really planned, in this process."""
     seeds: list[int] = []
 
-    def counted(seed: int, options: Any) -> Demonstration:
+    def valid_counts(seed: int, options: Any) -> Demonstration:
         seeds.append(seed)
         return demonstrate(seed, options)
 
@@ -225,7 +227,7 @@ def test_the_figures_of_the_human_data_are_as_quoted(human: Path) -> None:
         Demonstration(i, labels, labels, float(covered), True)
         for i, (labels, covered) in enumerate(zip(np.split(action, starts[1:]), last, strict=True))
     ]
-    figures = quality(made)
+    figures = dataset_stats(made)
     assert {key: figures[key] for key in HUMAN} == pytest.approx(HUMAN, rel=6e-3)
 
 
@@ -395,7 +397,7 @@ def test_starts_that_evaluation_uses_are_warned_of(tmp_path: Path, caplog: pytes
 
 
 def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pusht_act.hub.get_token", lambda: None)
+    monkeypatch.setattr("pusht_act.checkpoints.hub.get_token", lambda: None)
     with pytest.raises(ValueError, match="demos.push_to_hub=true needs a Hub token"):
         make(tmp_path / "x", "demos.push_to_hub=true", "demos.repo_id=me/demos")
     assert list(tmp_path.iterdir()) == []
@@ -405,7 +407,7 @@ def test_a_finished_data_set_is_pushed_with_its_card(tmp_path: Path, monkeypatch
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     pushed: list[tuple[str, Path, dict[str, Any]]] = []
-    monkeypatch.setattr("pusht_act.hub.get_token", lambda: "hf_x")
+    monkeypatch.setattr("pusht_act.checkpoints.hub.get_token", lambda: "hf_x")
     monkeypatch.setattr(
         LeRobotDataset, "push_to_hub", lambda self, **given: pushed.append((self.repo_id, self.root, given))
     )

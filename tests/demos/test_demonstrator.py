@@ -6,10 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from pusht_act.demos.demonstrator import Demonstration, demonstrate, demonstrate_many, label
+from pusht_act.demos.expert import Demonstration, demonstrate, demonstrate_many
 from pusht_act.demos.planner import PlannerOptions
-from pusht_act.demos.replay import make_env, reset_to
-from pusht_act.demos.simulator import new_contacts, new_state, observe, step
+from pusht_act.envs.pusht import make_env, reset_to
 
 SEED = 400_003
 
@@ -127,52 +126,9 @@ def test_workers_change_neither_order_nor_results() -> None:
 
 
 def test_a_worker_needs_no_torch() -> None:
-    code = "import sys, pusht_act.demos.demonstrator; print([m for m in ('torch', 'lerobot') if m in sys.modules])"
+    code = "import sys, pusht_act.demos.expert; print([m for m in ('torch', 'lerobot') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("state", [(100, 420, 150, 330, 3.0), (400, 100, 330, 220, -2.0, 30.0, -20.0)])
-def test_labels_make_progress_from_any_state(state: tuple[float, ...]) -> None:
-    actions = label(state, length=30)
-    assert actions.shape == (30, 2)
-    assert actions.dtype == np.float32
-    now, contacts = new_state(np.array(state[:5]), (0.0, 0.0) if len(state) == 5 else state[5:]), new_contacts()
-
-    def off(state: np.ndarray) -> float:
-        x, y, angle = observe(state)[2:]
-        return float(np.hypot(x - 256, y - 256) + 50 * abs((angle - np.pi / 4 + np.pi) % (2 * np.pi) - np.pi))
-
-    before = off(now)
-    for action in actions.astype(np.float64):
-        step(now, contacts, *action)
-    assert off(now) < before - 10
-    np.testing.assert_array_equal(actions, label(state, length=30))
-    np.testing.assert_array_equal(actions[:5], label(state, length=5))
-
-
-def test_labels_are_free_of_noise_and_heed_velocity() -> None:
-    state = (400.0, 100.0, 330.0, 220.0, -2.0)
-    np.testing.assert_array_equal(label(state), label(state, PlannerOptions(noise=9.0)))
-    assert not np.array_equal(label(state), label((*state, 80.0, 0.0)))
-    assert not np.array_equal(label(state), label(state, PlannerOptions(seed=1)))
-
-
-def test_states_beside_each_other_get_like_labels() -> None:
-    """With random numbers of each state's own these differ by about 9 px; their mean is a policy that stays put."""
-    random = np.random.default_rng(0)
-    spreads = []
-    for seed in range(400_010, 400_018):
-        env = make_env()
-        reset_to(env, seed)
-        state = env.get_obs()
-        labels = [label(state + random.normal(0, 0.01, 5) * (1, 1, 1, 1, 0.01), length=8)[:4] for _ in range(6)]
-        spreads.append(np.std(labels, axis=0).mean())
-    assert np.median(spreads) < 1.0
-
-
-def test_a_solved_state_gets_a_short_label_that_keeps_it_solved() -> None:
-    assert label((100.0, 100.0, 256.0, 256.0, np.pi / 4)).shape == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -213,16 +169,6 @@ def test_impossible_starts_are_refused(start: object, message: str) -> None:
         demonstrate_many([SEED, start])  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize(
-    "state", [(1.0, 2.0), (100.0, 100.0, 256.0, 256.0, 0.0, 1.0), (900.0, 100.0, 256.0, 256.0, 0.0)]
-)
-def test_impossible_states_get_no_label(state: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match="state="):
-        label(state)
-
-
 def test_impossible_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="length=0"):
-        label((100.0, 100.0, 256.0, 256.0, 0.0), length=0)
     with pytest.raises(ValueError, match="workers=0"):
         demonstrate_many([SEED], workers=0)

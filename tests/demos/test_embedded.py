@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pusht_act.demos import embed, embedded
-from pusht_act.demos.demonstrator import demonstrate
+from pusht_act.demos import build_builtin as embed
+from pusht_act.demos import builtin as embedded
+from pusht_act.demos.expert import demonstrate
 from pusht_act.demos.replay import replay
 
 

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lerobot.envs.configs import PushtEnv
 
-from pusht_act.demos import embedded
-from pusht_act.demos.coverage import coverage_of_poses
-from pusht_act.demos.frames import open_demos
+from pusht_act.data.builtin_demos import open_builtin_demos
+from pusht_act.demos import builtin as embedded
 from pusht_act.demos.mirror import mirrored, mirrored_angle, with_mirror_images
-from pusht_act.demos.replay import corners_of, keypoints, make_env, replay
+from pusht_act.demos.replay import replay
+from pusht_act.envs.coverage import coverage_of_poses
+from pusht_act.envs.pusht import block_corners, keypoints, make_env
 from pusht_act.job import Result
 
 
@@ -23,7 +24,7 @@ from pusht_act.job import Result
 def corners() -> np.ndarray:
     env = make_env()
     env.reset(seed=0)
-    return corners_of(env)
+    return block_corners(env)
 
 
 @given(st.floats(100, 400), st.floats(100, 400), st.floats(-10, 10))
@@ -68,7 +69,7 @@ def test_noise_is_mirrored_too() -> None:
 
 @pytest.mark.parametrize("obs_type", ["environment_state_agent_pos", "pixels_agent_pos"])
 def test_a_data_set_with_mirror_images(obs_type: str) -> None:
-    plain, both = (open_demos(4, PushtEnv(obs_type=obs_type), mirror) for mirror in (False, True))
+    plain, both = (open_builtin_demos(4, PushtEnv(obs_type=obs_type), mirror) for mirror in (False, True))
     assert (len(plain.episodes), len(both.episodes)) == (4, 7)
     (start, stop), (first, last) = both.episodes[1], both.episodes[0]
     assert np.array_equal(both.arrays["action"][start:stop], mirrored(both.arrays["action"][first:last]))

@@ -4,8 +4,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-from pusht_act.demos import embedded
-from pusht_act.demos.replay import frame, make_env, replay, reset_to
+from pusht_act.demos import builtin as embedded
+from pusht_act.demos.replay import replay
+from pusht_act.envs.pusht import make_env, reset_to
+from pusht_act.envs.rendering import render_frame
 
 
 def rolled_out(start: int, actions: np.ndarray, obs_type: str) -> tuple[list, list]:
@@ -53,10 +55,10 @@ def test_a_video_shows_what_the_environment_draws() -> None:
     env = make_env()
     env.visualization_width, env.visualization_height = 203, 384
     env.reset(seed=1)
-    np.testing.assert_array_equal(frame(env), env.render())
+    np.testing.assert_array_equal(render_frame(env), env.render())
     for action in embedded.load(1)[0].action[:60:6]:
         env.step(action)
-        np.testing.assert_array_equal(frame(env), env.render())
+        np.testing.assert_array_equal(render_frame(env), env.render())
 
 
 def test_a_state_that_was_seen_can_be_returned_to() -> None:

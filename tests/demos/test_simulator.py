@@ -9,10 +9,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pusht_act.demos import embedded, simulator
-from pusht_act.demos.coverage import coverage, coverage_of_poses
-from pusht_act.demos.replay import make_env, reset_to
-from pusht_act.demos.simulator import (
+from pusht_act.demos import builtin as embedded
+from pusht_act.envs import simulator
+from pusht_act.envs.coverage import coverage, coverage_of_poses
+from pusht_act.envs.pusht import make_env, reset_to
+from pusht_act.envs.simulator import (
     ANGLE,
     CENTRE_X,
     CENTRE_Y,

@@ -12,9 +12,9 @@ from PIL import Image
 
 import pusht_act
 from pusht_act.demos import collect
-from pusht_act.demos.demonstrator import Demonstration, demonstrate
-from pusht_act.demos.replay import Start, make_env, reset_to
-from pusht_act.demos.starts import HEADER, read_starts, shown
+from pusht_act.demos.expert import Demonstration, demonstrate
+from pusht_act.demos.initial_states import HEADER, describe_start, read_initial_states
+from pusht_act.envs.pusht import Start, make_env, reset_to
 from pusht_act.job import Result
 
 STARTS = [(60.0, 400.0, 200.0, 220.0, 2.0), (400.5, 100.25, 300.0, 300.0, -1.0), (256.0, 430.0, 170.0, 150.0, 0.1)]
@@ -49,7 +49,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
     """What was really planned, in this process; the first of STARTS counts as not solved."""
     starts: list[Start] = []
 
-    def counted(start: Start, options: Any) -> Demonstration:
+    def valid_counts(start: Start, options: Any) -> Demonstration:
         starts.append(start)
         return replace(demonstrate(start, options), success=start != STARTS[0])
 
@@ -133,8 +133,8 @@ def test_a_list_is_read_to_the_last_bit(tmp_path: Path) -> None:
     path.write_bytes(
         f"\ufeff{HEADER}\r\n 100.1 ,1e2,0.2e3,300,0.30000000000000004\r\n\r\n".encode()
     )  # by a spreadsheet
-    assert read_starts(str(path)) == [(100.1, 100.0, 200.0, 300.0, 0.1 + 0.2)]
-    assert [shown(start) for start in (7, STARTS[1])] == ["seed 7", "start (400.5, 100.25, 300, 300, -1)"]
+    assert read_initial_states(str(path)) == [(100.1, 100.0, 200.0, 300.0, 0.1 + 0.2)]
+    assert [describe_start(start) for start in (7, STARTS[1])] == ["seed 7", "start (400.5, 100.25, 300, 300, -1)"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from pusht_act.demos.workers import AHEAD, in_order
+from pusht_act.runtime.process_pool import PREFETCH_ITEMS, imap
 
 
 def doubled(number: int) -> int:
@@ -31,22 +31,22 @@ def test_results_come_in_order_and_work_is_begun_a_little_ahead(workers: int) ->
             yield number
 
     found = []
-    with closing(in_order(doubled, items(), workers, "")) as results:
+    with closing(imap(doubled, items(), workers, "")) as results:
         for result in results:
             found.append(result)
-            assert len(taken) <= len(found) + AHEAD * workers
+            assert len(taken) <= len(found) + PREFETCH_ITEMS * workers
     assert found == [2 * number for number in range(20)]
 
 
 def test_a_killed_process_is_an_error_that_says_what_to_do() -> None:
     found = []
     with pytest.raises(OSError, match="a worker process was killed, perhaps for want of memory: try again"):
-        found.extend(in_order(killed, range(9), 2, "try again"))
+        found.extend(imap(killed, range(9), 2, "try again"))
     assert not multiprocessing.active_children()
 
 
 def test_processes_end_with_the_caller_who_has_enough() -> None:
-    with closing(in_order(doubled, range(9), 2, "")) as results:
+    with closing(imap(doubled, range(9), 2, "")) as results:
         assert next(results) == 0
         assert len(multiprocessing.active_children()) == 2
     assert not multiprocessing.active_children()

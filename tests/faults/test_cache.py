@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pusht_act.cache import Allocate, Contents, Frames, cached
+from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, load_or_build
 
 PROCESSES = 8
 ACTIONS = np.arange(60, dtype=np.float32).reshape(30, 2)
@@ -18,22 +18,22 @@ STATS = {"action": {"mean": [29.0, 30.0]}}
 forked = multiprocessing.get_context("fork")  # another start would import torch eight times
 
 
-def opened(seconds: float = 0.0) -> Frames:
+def opened(seconds: float = 0.0) -> FrameDataset:
     """The frames; each build adds a line to `builds` in the working directory, then takes `seconds`."""
 
-    def build(allocate: Allocate) -> Contents:
+    def build(allocate: Allocate) -> BuiltDataset:
         with Path("builds").open("a") as file:
             file.write(f"{os.getpid()}\n")
         action = allocate("action", ACTIONS.shape, "float32")
         time.sleep(seconds)
         action[:] = ACTIONS
         features = {"action": {"dtype": "float32", "shape": [2]}}
-        return Contents(np.array([[0, 30]]), ["push"], features, STATS, fps=10)
+        return BuiltDataset(np.array([[0, 30]]), ["push"], features, STATS, fps=10)
 
-    return cached("me/data", "0123abcd", build)
+    return load_or_build("me/data", "0123abcd", build)
 
 
-def is_sound(frames: Frames) -> bool:
+def is_sound(frames: FrameDataset) -> bool:
     return np.array_equal(frames.arrays["action"], ACTIONS) and frames.stats == STATS and len(frames) == 30
 
 
@@ -122,7 +122,7 @@ def test_damage_on_disk_is_found_at_opening_and_mended(
         path = folder / name
         size = path.stat().st_size
         caplog.clear()
-        damage(path, *(v % size if v < 0 else v for v in value))
+        find_corruption(path, *(v % size if v < 0 else v for v in value))
         assert is_sound(opened())
         assert builds() == number
         (line,) = [record.getMessage() for record in caplog.records]

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 import pusht_act
-from pusht_act import checkpoint as checkpoints
-from pusht_act import step as step_module
-from pusht_act.integrity import MANIFEST, damage
-from pusht_act.run_dir import RunDir, last_checkpoint
+from pusht_act.checkpoints import checkpoint_io as checkpoints
+from pusht_act.checkpoints.checkpoint import last_checkpoint
+from pusht_act.checkpoints.manifest import MANIFEST, find_corruption
+from pusht_act.runs.run_dir import RunDir
+from pusht_act.training import train_step as step_module
 from tests.conftest import TINY
 from tests.test_train import assert_same_bits, metrics
 
@@ -106,21 +107,21 @@ def test_every_flipped_bit_is_found(run: Path) -> None:
         bits = (folder / name).stat().st_size * 8
         for bit in {0, bits - 1, *range(7, bits, bits // 9)}:
             flip(folder / name, bit)
-            assert damage(folder) == f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
+            assert find_corruption(folder) == f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
             flip(folder / name, bit)
-    assert damage(folder) is None
+    assert find_corruption(folder) is None
 
 
 @pytest.mark.parametrize("fault", ["truncated", "deleted"])
 def test_without_a_manifest_what_is_cut_short_or_gone_is_found_all_the_same(fault: str, run: Path) -> None:
     folder = run / "checkpoints" / "000004"
     (folder / MANIFEST).unlink()
-    assert damage(folder) is None
+    assert find_corruption(folder) is None
     for name in files(folder):
         content = (folder / name).read_bytes()
         FAULTS[fault](folder / name)
         optional = "train_config" in name or "processor" in name or "pusht_act" in name
-        assert (damage(folder) or "").startswith(name) or (fault == "deleted" and optional), name
+        assert (find_corruption(folder) or "").startswith(name) or (fault == "deleted" and optional), name
         (folder / name).write_bytes(content)
 
 
@@ -140,7 +141,7 @@ def test_a_broken_link_is_mended_by_the_next_save(link: str | None, run: Path, c
 def test_the_damaged_checkpoint_is_replaced_by_the_one_made_again(run: Path, trained: Path) -> None:
     truncate(run / "checkpoints/000004/pretrained_model/model.safetensors")
     assert pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4"]).step == 4
-    assert damage(run / "checkpoints/000004") is None
+    assert find_corruption(run / "checkpoints/000004") is None
     assert_same_bits(trained, run)
     assert metrics(trained) == metrics(run)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["000002", "000004", "last"]
@@ -169,21 +170,6 @@ def test_an_evaluation_needs_the_model_alone(run: Path) -> None:
     assert pusht_act.run(["mode=eval", f"checkpoint={run}", "eval.n_episodes=1", "eval.n_videos=0"]).step == 4
 
 
-def test_a_round_of_dagger_goes_on_from_its_newest_sound_checkpoint(tmp_path: Path, caplog: Any) -> None:
-    options = [option for option in TINY if not option.startswith("mode=")]
-    command = [*options, "mode=dagger", "save_freq=2", "dagger.rounds=1", "dagger.n_rollouts=2", "dagger.workers=1"]
-    whole = pusht_act.run([*command, f"output_dir={tmp_path / 'whole'}"]).output_dir
-    parts = Path(shutil.copytree(whole, tmp_path / "parts", symlinks=True))
-    flip(parts / "round-1/checkpoints/000004/training_state/optimizer_state.safetensors")
-    pusht_act.run([*command, f"output_dir={parts}"])
-    assert "round-1/checkpoints/000004: training_state/optimizer_state.safetensors is damaged" in caplog.text
-    assert_same_bits(whole / "round-1", parts / "round-1")
-    for step in ("000002", "000004"):
-        truncate(parts / f"round-1/checkpoints/{step}/training_state/rng_state.safetensors")
-    with pytest.raises(ValueError, match=f"no checkpoint in .* is sound .*: delete {parts}/round-1 to train it again"):
-        pusht_act.run([*command, f"output_dir={parts}"])
-
-
 # A disk that takes no more.
 
 
@@ -201,7 +187,7 @@ def test_a_save_that_has_no_room_is_tried_again_at_the_next(
 ) -> None:
     step, real, run = 0, step_module.train_step, tmp_path / "run"
 
-    def counted(*arguments: Any) -> Any:
+    def valid_counts(*arguments: Any) -> Any:
         nonlocal step
         step += 1
         free = 12_345 if step in full_at else 10**12
@@ -220,7 +206,7 @@ def test_a_save_that_has_no_room_is_tried_again_at_the_next(
         assert len(warnings(caplog)) == 2
         assert "step 1: " in warnings(caplog)[0]
         assert "0.0 MB are free, a checkpoint takes 2.4 MB" in warnings(caplog)[0]
-    assert damage(run / "checkpoints" / "last") is None
+    assert find_corruption(run / "checkpoints" / "last") is None
 
 
 def test_a_file_that_is_cut_off_in_the_writing_leaves_nothing(
@@ -236,7 +222,7 @@ def test_a_file_that_is_cut_off_in_the_writing_leaves_nothing(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [warning.partition(":")[0] for warning in warnings(caplog)] == ["step 5"]
     assert visible(run) == ["000002", "000004", "last"]
-    assert damage(run / "checkpoints" / "last") is None
+    assert find_corruption(run / "checkpoints" / "last") is None
     assert pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6"]).step == 6
 
 
@@ -270,7 +256,7 @@ def test_a_full_disk_harms_no_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
             begin(run, "save_freq=1")
         assert [warning.partition(":")[0] for warning in warnings(caplog)] == ["step 2", "step 3"]
         assert visible(run) == ["000001", "last"]
-        assert damage(run / "checkpoints" / "last") is None
+        assert find_corruption(run / "checkpoints" / "last") is None
         assert len(metrics(run)) == 4
 
 
@@ -304,7 +290,7 @@ def test_a_disk_that_others_have_filled_stops_nothing(
         begin(run, "save_freq=1", "checkpoints.background=false")
         assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
         assert visible(run) == ["000001", "000004", "last"]
-        assert damage(run / "checkpoints" / "last") is None
+        assert find_corruption(run / "checkpoints" / "last") is None
     saves = [warning for warning in warnings(caplog) if "cannot be saved" in warning]
     assert [warning.partition(":")[0] for warning in saves] == ["step 2", "step 3"]
 
@@ -323,7 +309,7 @@ def test_a_read_only_folder_is_a_warning_until_the_last_step(run: Path, caplog: 
         with pytest.raises(OSError, match=r"000006 cannot be saved \(Read-only file system\)"):
             pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "save_freq=1"])
         assert [warning.partition(":")[0] for warning in warnings(caplog)] == ["step 5"]
-        assert damage(folder / "last") is None
+        assert find_corruption(folder / "last") is None
 
 
 def test_a_read_only_run_directory_is_refused_at_once(run: Path, tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ import torch
 from lerobot.optim import AdamWConfig
 
 import pusht_act
-from pusht_act.checkpoint import TrainingObjects
-from pusht_act.data import Samples, normalization_stats
-from pusht_act.divergence import DivergedError
+from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.data.dataset import normalization_stats
+from pusht_act.data.lerobot_reader import open_lerobot_dataset
+from pusht_act.data.loader import BatchLoader
 from pusht_act.job import Result
-from pusht_act.lerobot_dataset import open_frames
-from pusht_act.policy import make_optimizer, make_policy, make_processors
-from pusht_act.step import train_step
+from pusht_act.policy.act import make_policy, make_processors
+from pusht_act.policy.optim import make_optimizer
+from pusht_act.training.nan_guard import DivergedError
+from pusht_act.training.train_step import train_step
 from tests.conftest import tiny_command
 from tests.test_data import config as dataset_config
 from tests.test_train import act, assert_same_bits, metrics
@@ -41,19 +43,19 @@ def state_that_overflows(batch: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def training(keypoints_dataset: Path) -> tuple[TrainingObjects, Callable[[], dict[str, Any]]]:
+def training(keypoints_dataset: Path) -> tuple[TrainComponents, Callable[[], dict[str, Any]]]:
     """A small ACT with its optimizer, and what makes its batches."""
-    frames = open_frames(dataset_config(keypoints_dataset))
+    frames = open_lerobot_dataset(dataset_config(keypoints_dataset))
     config = act(frames)
     torch.manual_seed(0)
     policy = make_policy(config)
     processors = make_processors(config, normalization_stats(frames, True))
-    objects = TrainingObjects(policy, processors, make_optimizer(policy, AdamWConfig(lr=1e-3)), None)
-    data = Samples(frames, config.chunk_size, "cpu")
+    objects = TrainComponents(policy, processors, make_optimizer(policy, AdamWConfig(lr=1e-3)), None)
+    data = BatchLoader(frames, config.chunk_size, "cpu")
     return objects, lambda: processors.pre(data.batch(torch.tensor([0, 20, 22, 50])))
 
 
-def tensors(objects: TrainingObjects) -> list[torch.Tensor]:
+def tensors(objects: TrainComponents) -> list[torch.Tensor]:
     moments = [value for state in objects.optimizer.state.values() for value in state.values()]
     return [tensor.clone() for tensor in (*objects.policy.state_dict().values(), *moments)]
 

@@ -25,10 +25,10 @@ def children(pid: int) -> list[int]:
 
 
 TRAINING = tiny_command("steps=100000", "eval_freq=1000000", "eval.workers=2")
-DAGGER = tiny_command("mode=dagger", "dagger.rounds=1", "dagger.workers=2", "dagger.n_rollouts=4")
+DEMOS = ["mode=demos", "env=pusht_keypoints", "demos.workers=2", "wandb.enable=false", "demos.n_episodes=500"]
 
 
-@pytest.mark.parametrize(("words", "at"), [(TRAINING, "step 2/"), (DAGGER, "labelling")], ids=["training", "labels"])
+@pytest.mark.parametrize(("words", "at"), [(TRAINING, "step 2/"), (DEMOS, "planning 500")], ids=["training", "demos"])
 def test_no_worker_outlives_a_killed_job(words: list[str], at: str, commands: Commands, tmp_path: Path) -> None:
     output = tmp_path / "output"
     pid = commands.start([*words, f"output_dir={tmp_path / 'run'}"], output)

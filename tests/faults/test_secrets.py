@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pusht_act import hub, main
+from pusht_act import main
+from pusht_act.checkpoints import hub
+from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.job import Result
-from pusht_act.metrics import Metrics
-from pusht_act.run_dir import RunDir
-from pusht_act.tokens import refuse_tokens
+from pusht_act.runs.loggers import Metrics
+from pusht_act.runs.run_dir import RunDir
 from tests.faults.test_services import Server, server
 from tests.test_metrics import config, nobody, records
 

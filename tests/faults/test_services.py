@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from benchmarks.forked import Commands
-from pusht_act import metrics as metrics_module
-from pusht_act.metrics import Metrics
-from pusht_act.run_dir import RunDir
+from pusht_act.runs import loggers as metrics_module
+from pusht_act.runs.loggers import Metrics
+from pusht_act.runs.run_dir import RunDir
 from tests.conftest import tiny_command
 from tests.test_metrics import config, forget_settings, history, lines, nobody
 

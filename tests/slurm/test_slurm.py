@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.forked import Commands
 from benchmarks.slurm import Slurm, missing
-from pusht_act.sweep import jobs
+from pusht_act.sweeps.state import load_jobs
 from tests.conftest import tiny_command
 from tests.test_evaluations import outcome
 from tests.test_sweep import ran, states
@@ -137,8 +137,8 @@ def test_a_job_that_another_partition_preempts_goes_on_without_its_launcher(
     launcher.kill()
     launcher.wait()
     # The launcher's death is nothing to the job: another one finds it at work, or done.
-    until(lambda: jobs(sweep)[0].tries == 2, "not queued again", tmp_path)
-    until(lambda: jobs(sweep)[0].state == "done", "not done", tmp_path)
+    until(lambda: load_jobs(sweep)[0].tries == 2, "not queued again", tmp_path)
+    until(lambda: load_jobs(sweep)[0].state == "done", "not done", tmp_path)
     assert begin("-m", f"sweep.resume={sweep}").wait(900) == 0, printed.read_text()
     assert states(printed.read_text()) == [["0", "done", "2"]]
     same_as_undisturbed(commands, sweep, 0, 7, tmp_path)

@@ -1,0 +1,106 @@
+"""The Hugging Face Hub: fetching a model to evaluate, uploading one that was trained."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from pusht_act.config.schema import EMBEDDED_REPO_ID, Config
+from pusht_act.runs.provenance import package_versions
+
+MODEL_FILES = ("*.json", "*.safetensors")
+"""Weights and configuration; never a pickle."""
+
+
+def download(repo_id: str, key: str) -> Path:
+    """The folder of model `repo_id`, fetched from the Hub or from its cache.
+
+    Raises:
+        FileNotFoundError: it cannot be had; `key` names the option in the message.
+    """
+    try:
+        folder = Path(snapshot_download(repo_id, allow_patterns=list(MODEL_FILES)))
+    except Exception as error:  # the Hub client and httpx raise classes of their own
+        raise FileNotFoundError(
+            f"{key}={repo_id} is no path here and cannot be fetched from the Hub ({type(error).__name__}): "
+            "give a path such as outputs/act_pusht/train/checkpoints/last"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{key}={repo_id} holds no LeRobot policy (no config.json)")
+    return folder
+
+
+def check_can_push(repo_id: str | None, section: str = "policy") -> None:
+    """Refuse before hours of work what would fail after them; `section` has the keys push_to_hub and repo_id.
+
+    Raises:
+        ValueError: no token, or a repo_id nobody has chosen.
+    """
+    if repo_id is None or repo_id.startswith("YOUR_PROJECT_NAME/"):
+        raise ValueError(
+            f"{section}.push_to_hub=true needs a place to push to: give {section}.repo_id=USER/NAME or set "
+            "YOUR_PROJECT_NAME"
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{section}.repo_id={repo_id} is no name on the Hub: give {section}.repo_id=USER/NAME"
+        ) from error
+    if get_token() is None:
+        raise ValueError(f"{section}.push_to_hub=true needs a Hub token: log in with `hf auth login` or set HF_TOKEN")
+
+
+def push(config: Config, checkpoint: Path, metrics: dict[str, float], command: str) -> str:
+    """Upload the model of `checkpoint` with its card; returns the address of the commit.
+
+    Raises:
+        OSError: the upload failed; the model is still where it was.
+    """
+    repo_id, folder = str(config.policy["repo_id"]), checkpoint / "pretrained_model"
+    card = model_card(config, metrics, command).encode()
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=config.policy.get("private"), exist_ok=True)
+        api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))
+    except Exception as error:  # the Hub client and httpx raise classes of their own
+        raise OSError(
+            f"policy.repo_id={repo_id}: the upload failed ({type(error).__name__}), the model is in {folder}: "
+            f"send it with `hf upload {repo_id} {folder}`"
+        ) from error
+    return str(commit.commit_url)
+
+
+def model_card(config: Config, metrics: dict[str, float], command: str) -> str:
+    """README.md of the model: task, data, result with its interval, the command, versions."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        library_name="lerobot",
+        pipeline_tag="robotics",
+        license=config.policy.get("license") or "apache-2.0",
+        datasets=None if config.dataset["repo_id"] == EMBEDDED_REPO_ID else [config.dataset["repo_id"]],
+        tags=["robotics", "lerobot", "act", "pusht", *(config.policy.get("tags") or [])],
+    )
+    result = "No evaluation was made."
+    if "pc_success" in metrics:
+        m = metrics
+        result = (
+            f"Success {m['pc_success']:.1f} % (95 % interval {m['pc_success_low']:.1f} to {m['pc_success_high']:.1f}), "
+            f"mean max reward {m['avg_max_reward']:.3f}, over {m['n_episodes']:.0f} episodes of gym-pusht, "
+            f"environment seeds from {config.eval.start_seed}."
+        )
+    versions = "\n".join(f"- {name} {number}" for name, number in package_versions().items())
+    lines: list[Any] = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {config.job_name}: ACT on PushT",
+        "LeRobot's ACT (Zhao et al. 2023) on PushT (Chi et al. 2023): push the T onto its target.",
+        f"Trained on `{config.dataset['repo_id']}` for {config.steps} steps of {config.batch_size} samples.",
+        f"## Result\n\n{result}",
+        f"## Command\n\n```\n{command}\n```",
+        f"## Versions\n\n{versions}",
+    ]
+    return "\n\n".join(lines) + "\n"

@@ -1,0 +1,124 @@
+"""Whether the files of a checkpoint are those that were written: sizes and hashes, kept beside them.
+
+Imports neither torch nor lerobot, so that damage is named at once.
+"""
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+MANIFEST = "manifest.json"
+"""Beside a checkpoint's two folders: {"pretrained_model/config.json": {"size": bytes, "sha256": hex}, ...}."""
+EVAL_FILES = ("pretrained_model/", "training_state/training_step.json")
+"""The files, or their folder, that an evaluation needs."""
+ALL_FILES = ("",)
+RESUME_FILES = (
+    *("pretrained_model/config.json", "pretrained_model/model.safetensors"),
+    *("training_state/training_step.json", "training_state/rng_state.safetensors"),
+    *("training_state/optimizer_param_groups.json", "training_state/optimizer_state.safetensors"),
+)
+"""What a resume cannot do without, in any checkpoint of LeRobot's layout."""
+
+
+def write_manifest(folder: Path) -> None:
+    """Record every file under `folder` as it is now."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps(entries, indent=2))
+
+
+def verify_manifest(folder: Path, files: tuple[str, ...] = ALL_FILES) -> str | None:
+    """What is not as the manifest says, as "FILE is ..."; None when all is, or when there is no manifest.
+
+    Only files whose names begin with one of `files` are read.
+    """
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+        for name, entry in entries.items():
+            if name.startswith(files) and (wrong := _verify_entry(folder, name, entry)):
+                return f"{name} {wrong}"
+    except FileNotFoundError:
+        return None  # stock LeRobot's, or ours of old
+    except OSError as error:
+        return f"a file cannot be read ({error})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} is damaged ({type(error).__name__})"
+    return None
+
+
+def find_corruption(folder: Path) -> str | None:
+    """What keeps the checkpoint in `folder` from being resumed, as "FILE is ..."; None when it is sound.
+
+    Without a manifest a file cut short is found, a bit that was flipped within a tensor is not.
+    """
+    if not folder.is_dir():
+        return "its folder is missing"
+    if (folder / MANIFEST).exists():
+        return verify_manifest(folder)
+    for name in RESUME_FILES:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    for path in sorted(folder.rglob("*")):
+        if wrong := _check_format(path):
+            return f"{path.relative_to(folder)} {wrong}"
+    return None
+
+
+def _verify_entry(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    path = folder / name
+    if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+        return "lies outside of the checkpoint"
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != entry["size"]:
+        return f"is damaged: {size} bytes in place of {entry['size']}"
+    if _sha256(path) != entry["sha256"]:
+        return f"is damaged: its SHA-256 is not that of {MANIFEST}"
+    return None
+
+
+def _check_format(path: Path) -> str | None:
+    """What the form of a file says about it, without its numbers."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        if path.suffix == ".safetensors" and path.stat().st_size != safetensors_size(path):
+            return "is damaged: cut short"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"is damaged ({type(error).__name__})"
+    return None
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Names, shapes and places of the tensors in a file, which are not read.
+
+    Raises:
+        ValueError: there is no such header.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= path.stat().st_size:
+            raise ValueError(f"a header of {length} bytes")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header
+
+
+def safetensors_size(path: Path) -> int:
+    """Bytes that the file has when it is whole."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    tensors = [entry for name, entry in safetensors_header(path).items() if name != "__metadata__"]
+    return 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files under `folder`; 0 when it is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

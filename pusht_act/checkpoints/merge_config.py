@@ -1,0 +1,136 @@
+"""mode=resume and mode=eval take their configuration from the checkpoint; what the command line names replaces it.
+
+Works on plain files, without torch or lerobot, for checkpoints of ours and of stock LeRobot.
+"""
+
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.config.overrides import parse_overrides
+from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS
+
+CLI_ONLY_KEYS = {
+    *("mode", "steps", "output_dir", "overwrite", "print_lerobot_command", "checkpoint", "dir", "resume", "sweep"),
+    *("cluster", "status"),
+}
+"""Root keys of a resumed run that the present command decides; all others are the checkpoint's."""
+POLICY_KEYS = {"policy", "env", "job_name"}
+"""Root keys that mode=eval takes from the checkpoint; all others are the present command's."""
+FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
+STOCK_ROOT = {
+    **{key: key for key in ("seed", "batch_size", "log_freq", "save_checkpoint", "save_freq", "job_name")},
+    "eval_steps": "eval_steps",
+    "eval_freq": "eval_freq",  # its name before LeRobot 0.6
+    "env_eval_freq": "eval_freq",
+}
+STOCK_DATASET = ("repo_id", "root", "episodes", "revision", "use_imagenet_stats", "eval_split")
+STOCK_ENV = ("type", "task", "fps", "obs_type", "episode_length", "visualization_width", "visualization_height")
+STOCK_WANDB = ("project", "entity", "notes", "mode")
+
+
+def merge_checkpoint_config(
+    cfg: DictConfig, checkpoint: Checkpoint, overrides: list[str], choices: dict[str, str | None], resume: bool
+) -> DictConfig:
+    """`cfg`, composed by the present command, with the checkpoint's configuration where that is the checkpoint's.
+
+    Raises:
+        ValueError: a group is chosen anew that the checkpoint has fixed, or its configuration cannot be read.
+    """
+    saved, saved_choices = _saved(checkpoint, resume)
+    merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # plain: a typed node refuses a dict
+    assert isinstance(merged, DictConfig)
+    for key, value in saved.items():
+        if (key not in CLI_ONLY_KEYS) if resume else (key in POLICY_KEYS):
+            # A field that our sections did not have when the checkpoint was written keeps its default.
+            merged[key] = OmegaConf.merge(merged[key], value) if key in OUR_SECTIONS else value
+    merged.policy.device = cfg.policy.device
+    merged.wandb.enable = cfg.wandb.enable
+    for override in parse_overrides(overrides):
+        key = override.key_or_group
+        if key in FIXED_GROUPS:
+            if key in saved or key in saved_choices or key == "experiment":
+                _check_choice(key, choices.get(key), saved_choices, checkpoint)
+        elif key not in choices:
+            if override.is_delete():
+                raise ValueError(f"~{key}: a checkpoint's configuration has it; give {key}=VALUE")
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
+    return merged
+
+
+def _check_choice(group: str, choice: str | None, saved: dict[str, str | None], checkpoint: Checkpoint) -> None:
+    if group not in saved or saved[group] != choice:
+        made = f" ({group}={saved[group]})" if group in saved else ""
+        raise ValueError(
+            f"{group}={choice}: the checkpoint {checkpoint.directory} brings its own{made}; "
+            f"give single values instead, such as {group}.NAME=VALUE"
+        )
+
+
+def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[str, str | None]]:
+    """(our configuration sections, the group choices) of a checkpoint; fewer for one that we did not write."""
+    config: dict[str, Any] = {}
+    choices: dict[str, str | None] = {}
+    rates: dict[str, Any] = {}
+    if (ours := _read_json(checkpoint.model / METADATA_FILE)) is not None:
+        config, choices = ours["config"], ours["choices"]
+    elif (stock := _read_json(checkpoint.model / "train_config.json")) is not None:
+        if resume:
+            _check_resumable(stock, checkpoint)
+        config, rates = _from_stock(stock), _stock_rates(stock)
+    policy = _read_json(checkpoint.model / "config.json")
+    assert policy is not None, "find_checkpoint has seen config.json"
+    if policy.get("type") != "act":
+        raise ValueError(
+            f"{checkpoint.model} holds a policy of type {policy.get('type')}: this project trains and evaluates act"
+        )
+    if policy.get("use_peft"):
+        raise ValueError(f"{checkpoint.model} holds an adapter (use_peft), which is not trained here")
+    del_keys = ("pretrained_path", "pretrained_revision", "use_peft")
+    return {**config, "policy": {k: v for k, v in policy.items() if k not in del_keys} | rates}, choices
+
+
+def _check_resumable(train: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse what stock trains in ways of its own, which going on here would change unseen."""
+    dataset, optimizer = train.get("dataset") or {}, train.get("optimizer") or {}
+    if dataset.get("streaming") or (dataset.get("image_transforms") or {}).get("enable"):
+        raise ValueError(
+            f"{checkpoint.model}: its data set was streamed or augmented (dataset.streaming, "
+            "dataset.image_transforms), which this project does not do"
+        )
+    if optimizer.get("type", "adamw") != "adamw":
+        raise ValueError(f"{checkpoint.model} was trained with {optimizer['type']}, which this project does not use")
+
+
+def _from_stock(train: dict[str, Any]) -> dict[str, Any]:
+    """Stock LeRobot's train_config.json in our keys; what an older LeRobot did not have is left out."""
+    dataset, optimizer = train.get("dataset") or {}, train.get("optimizer") or {}
+    config = {ours: train[stock] for stock, ours in STOCK_ROOT.items() if train.get(stock) is not None}
+    config["seed"] = config.get("seed", 0)  # as stock orders its data without a seed
+    config["save_freq"] = max(0, config.get("save_freq", 0))
+    config["dataset"] = {key: dataset[key] for key in STOCK_DATASET if key in dataset}
+    config["optimizer"] = {key: optimizer[key] for key in ("betas", "eps", "grad_clip_norm") if key in optimizer}
+    config["scheduler"] = train.get("scheduler") or {}
+    if env := train.get("env"):
+        config["env"] = {key: env[key] for key in STOCK_ENV if key in env}
+    if wandb := train.get("wandb"):
+        config["wandb"] = {"enable": wandb["enable"]} | {key: wandb.get(key) for key in STOCK_WANDB}
+    return config
+
+
+def _stock_rates(train: dict[str, Any]) -> dict[str, Any]:
+    """Stock trains with its optimizer section, the policy's rates being only where that comes from by default."""
+    optimizer = train.get("optimizer") or {}
+    return {f"optimizer_{key}": optimizer[key] for key in ("lr", "weight_decay") if key in optimizer}
+
+
+def _read_json(path: Any) -> dict[str, Any] | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}): give another checkpoint") from error
+    return content

@@ -1,0 +1,107 @@
+"""Where a job goes on from: mode=resume where it is told to, resume.auto=true from the same job's work.
+
+Imports neither torch nor lerobot.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, last_checkpoint, latest_valid, verify
+from pusht_act.checkpoints.manifest import ALL_FILES
+from pusht_act.config.overrides import flatten
+from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS, Config, Mode, to_dict
+from pusht_act.runs.run_dir import RunDir, ensure_unused
+
+log = logging.getLogger(__name__)
+
+RESULT_NEUTRAL_KEYS = (
+    *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "wandb.", "checkpoints.", "train.profile"),
+    *("eval.n_videos", "eval.workers", "eval.background"),
+    *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume.", "sweep.", "cluster.", "mode", "steps"),
+)
+"""Keys that resume.auto may go on with another value of: none decides what the run comes to."""
+
+
+def resolve_run_dir(cfg: DictConfig, overrides: list[str]) -> Path:
+    """The run directory of a job that trains."""
+    if cfg.mode is Mode.resume and cfg.resume.path is not None and not _output_dir_is_given(overrides):
+        checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
+        if checkpoint.run is not None:
+            return checkpoint.run
+    return Path(cfg.output_dir)
+
+
+def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
+    """The checkpoint from which mode=resume goes on in `output_dir`.
+
+    Raises:
+        ValueError: it is damaged, or its run has gone on.
+        FileNotFoundError: there is none.
+        FileExistsError: it is another run's, and `output_dir` is in use.
+    """
+    if cfg.resume.path is None:
+        return last_checkpoint(RunDir(output_dir))
+    checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
+    verify(checkpoint, f"resume.path={cfg.resume.path}", ALL_FILES)
+    if checkpoint.run == output_dir.resolve():
+        last, _ = latest_valid(RunDir(output_dir))
+        if last is not None and last.step > checkpoint.step:
+            raise ValueError(
+                f"resume.path={cfg.resume.path} is at step {checkpoint.step}, its run went on to {last.step}: "
+                "give output_dir=NEW to branch off, or leave resume.path out to go on from the last"
+            )
+    else:
+        ensure_unused(output_dir, cfg.overwrite)
+    return checkpoint
+
+
+def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
+    """The checkpoint from which resume.auto goes on in `run`; None to begin afresh: there is none, or may be moved.
+
+    Raises:
+        ValueError: it is of another configuration, none is sound, or mode=resume has gone on with it in its own way.
+    """
+    if not run.has_checkpoints():
+        return None
+    checkpoint = last_checkpoint(run, remedy="start afresh with overwrite=true")
+    try:
+        was = json.loads((checkpoint.model / METADATA_FILE).read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        was = {}
+    if was.get("mode") not in (Mode.test.value, Mode.full.value):
+        if config.overwrite:
+            return None
+        raise ValueError(
+            f"{checkpoint.directory} was not written by mode=test or mode=full, so resume.auto=true cannot tell "
+            "whether it is the same run: go on with mode=resume, or give another output_dir= or job_name="
+        )
+    differing = [f"{key}: was {old}, now {new}" for key, old, new in _differences(was, config, RESULT_NEUTRAL_KEYS)]
+    if differing and not config.overwrite:
+        raise ValueError(
+            f"output_dir={run.path} holds another run, so resume.auto=true cannot go on with it "
+            f"({'; '.join(differing)}): give the same values, another output_dir= or job_name=, or overwrite=true"
+        )
+    return None if differing else checkpoint
+
+
+def has_no_checkpoint_yet(run: RunDir) -> bool:
+    """Whether `run` is that of a mode=test or mode=full that came to nothing worth keeping."""
+    return not run.has_checkpoints() and run.configuration().get("mode") in (Mode.test.value, Mode.full.value)
+
+
+def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, its value then, its value now) of each that is not `free` to change; None where it has none."""
+    then, now = (dict(pair for item in each.items() for pair in flatten(*item)) for each in (was, to_dict(config)))
+    for key in sorted(then.keys() | now.keys()):
+        new_field = key not in then and key.partition(".")[0] in OUR_SECTIONS  # its default is what was done before
+        if then.get(key) != now.get(key) and not key.startswith(free) and not new_field:
+            yield key, then.get(key), now.get(key)
+
+
+def _output_dir_is_given(overrides: list[str]) -> bool:
+    return any(override.startswith("output_dir=") for override in overrides)

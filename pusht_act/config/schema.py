@@ -1,0 +1,336 @@
+"""The schema of a run: every field of our own, typed and documented; the values live in `conf/`.
+
+LeRobot's sections (`policy`, `env`, `dataset`, `optimizer`, `scheduler`) stay plain dictionaries here: LeRobot's own
+dataclasses declare their fields, and `lerobot_config` decodes them. This module imports neither torch nor lerobot, so
+that `--help`, `--cfg job` and a misspelt key answer at once.
+"""
+
+import logging
+import warnings
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+log = logging.getLogger(__name__)
+
+# What is no number is left to the checks (checked.py), which name its key.
+OmegaConf.register_new_resolver(
+    "min", lambda *values: min(value for value in values if isinstance(value, int | float)), replace=True
+)
+
+
+class Mode(Enum):
+    """What one job does; the values of the config group `mode`."""
+
+    test = "test"
+    full = "full"
+    resume = "resume"
+    eval = "eval"
+    demos = "demos"
+    status = "status"
+
+
+@dataclass
+class ResumeConfig:
+    """Where training goes on from."""
+
+    path: str | None = None
+    """mode=resume: a checkpoint, `.../checkpoints/005000`, its `pretrained_model` or a run directory; null: `last` of
+    output_dir."""
+    auto: bool = MISSING
+    """mode=test and mode=full: go on from the newest sound checkpoint in output_dir when that is of the same
+    configuration, start afresh when there is none; so the same command can be given until it is done."""
+
+
+@dataclass
+class SweepConfig:
+    """Going on with a sweep (`-m`); its jobs and what they came to are in its folder (see sweep.py)."""
+
+    resume: str | None = None
+    """The folder of a sweep, hydra.sweep.dir: it goes on with the overrides that it was begun with."""
+    max_tries: int = MISSING
+    """How often a job may fail; each time that the sweep is gone on with it is tried again."""
+
+
+@dataclass
+class ClusterConfig:
+    """Sweeps on SLURM; the group `cluster` sets hydra.launcher's values."""
+
+    dry_run: bool = MISSING
+    """With -m: print the script that SLURM would be given, and stop."""
+
+
+class Metric(Enum):
+    """What `hydra/sweeper=optuna` compares trials by: one of an evaluation's numbers."""
+
+    pc_success = "pc_success"
+    avg_max_reward = "avg_max_reward"
+    avg_sum_reward = "avg_sum_reward"
+
+
+class Direction(Enum):
+    """Which values of a metric are the better ones."""
+
+    maximize = "maximize"
+    minimize = "minimize"
+
+
+class Pruner(Enum):
+    """Which trials end early."""
+
+    none = "none"
+    median = "median"
+
+
+@dataclass
+class SamplerConfig:
+    """Optuna's TPE."""
+
+    seed: int = MISSING
+    """A trial's values follow from this, its number and the trials that had ended when its batch was begun."""
+    n_startup_trials: int = MISSING
+    """Trials whose values are drawn at random before TPE chooses."""
+
+
+@dataclass
+class PrunerConfig:
+    """Which trials end early, by their evaluations in training."""
+
+    kind: Pruner = MISSING
+    """median: a trial whose best evaluation so far is worse than the median, at that step, of the trials that were not
+    pruned; none: no trial."""
+    n_startup_trials: int = MISSING
+    """Trials that must have ended, none of them pruned, before one is pruned."""
+    n_warmup_steps: int = MISSING
+    """Optimizer steps for which no trial is pruned."""
+
+
+@dataclass
+class OptunaConfig:
+    """`hydra/sweeper=optuna`: hydra.sweeper, a sweep (`-m`) whose values Optuna chooses.
+
+    interval(LOW,HIGH), int(interval(LOW,HIGH)), tag(log,interval(LOW,HIGH)), range(FROM,TO) and choice(A,B) say what
+    there is to choose; what has one value is the same in all trials.
+    """
+
+    _target_: str = MISSING
+    """Hydra's: the class that does it."""
+    n_trials: int = MISSING
+    """Of the whole sweep, the failed ones too; a sweep that is gone on with may be given more."""
+    n_jobs: int = MISSING
+    """Trials of one batch, launched together: the values of all are chosen before one of them has ended."""
+    metric: Metric = MISSING
+    """What trials are compared by, as their last evaluation has it."""
+    direction: Direction = MISSING
+    """Whether more or less of it is better."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    pruner: PrunerConfig = field(default_factory=PrunerConfig)
+    params: dict[str, str] = MISSING
+    """More overrides, by key; those of the command line replace them."""
+
+
+@dataclass
+class StatusConfig:
+    """`mode=status`: a table of the jobs of a sweep, or of one run (see status.py)."""
+
+    every: float = MISSING
+    """On a terminal: seconds between two drawings, until all jobs have ended; 0: drawn once, as it is elsewhere."""
+
+
+@dataclass
+class CheckpointsConfig:
+    """How long checkpoints stay. `last` and `best` always do."""
+
+    keep_last: int = MISSING
+    """How many of the newest are kept; 0: all, as stock LeRobot does. The others are removed after each save."""
+    keep_every: int = MISSING
+    """Those at multiples of so many steps are kept for ever, beside the newest; 0: none."""
+    background: bool = MISSING
+    """Write a copy of weights and moments in the host's memory while training goes on; false: training waits. The files
+    are the same."""
+
+
+@dataclass
+class TrainConfig:
+    """How training runs."""
+
+    max_nonfinite: int = MISSING
+    """A step whose loss or gradient is not finite changes nothing and is counted; after more than these the run goes
+    back to its newest sound checkpoint, and on with the data in another order. So it does before it would evaluate or
+    save weights that are not finite."""
+    max_rollbacks: int = MISSING
+    """How many times the run goes back in all; then it stops."""
+    precision: str | None = MISSING
+    """Of training's arithmetic: fp32 (on a GPU its matrix products are TF32, as in stock LeRobot) or bf16 (autocast;
+    weights and AdamW stay fp32); null: bf16 with policy.use_amp=true, else fp32. Evaluations go by policy.use_amp
+    alone, which a checkpoint keeps: so mode=eval repeats them."""
+    compile: bool | None = MISSING
+    """Compile the loss and its gradient to fused kernels, which takes a minute or more; null: on a GPU only. An epoch's
+    last, short batch is not compiled. Dropout and VAE noise then draw other numbers."""
+    fast_dropout: bool | None = MISSING
+    """Draw dropout's masks from 16 random bits an element: a step on a CPU is a sixth to a fifth shorter. They are
+    other ones than stock's, of the same probability to 1e-5; null: with bf16 on a CPU only, unless compiled."""
+    profile: bool = MISSING
+    """Measure a few steps: a line says where their time goes, profile/trace.json in the run directory shows every
+    operation (chrome://tracing and ui.perfetto.dev open it). All steps then wait for the device after each part, and
+    are not captured in a CUDA graph."""
+
+
+@dataclass
+class EvalConfig:
+    """Rollouts in the environment, in training and in `mode=eval`."""
+
+    n_episodes: int = MISSING
+    """Episodes of one evaluation."""
+    batch_size: int = MISSING
+    """VectorEnv stepped side by side; the policy sees one batch of this size. Part of the numbers: a matrix product
+    may round differently for another batch size."""
+    start_seed: int = MISSING
+    """Episode i resets the environment with seed start_seed + i. Selection (training) and test (mode=eval) use ranges
+    apart from each other and from 0..205, where the human demonstrations started."""
+    n_videos: int = MISSING
+    """Episodes written as mp4 (the first ones); a film strip shows the first."""
+    workers: int = MISSING
+    """Processes that the environments are stepped in; 1: this one; 0: one a core, fewer if a batch is small. Part of
+    the time, not of the numbers."""
+    background: bool = MISSING
+    """In training: evaluate a copy of the policy while training goes on; false: training waits. The numbers are the
+    same."""
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases; LeRobot's names where it has them."""
+
+    enable: bool = MISSING
+    """Log there as well as to metrics.jsonl. Without a login the run is kept offline, to be sent by `wandb sync`."""
+    project: str = MISSING
+    """Project of the run."""
+    entity: str | None = None
+    """User or team; null: the login's default."""
+    mode: str | None = None
+    """online, offline or disabled; null: online with a login, else offline."""
+    notes: str | None = None
+    """Free text shown with the run."""
+
+
+@dataclass
+class DemosConfig:
+    """Scripted demonstrations: how many of the embedded ones `dataset=demos` takes, and what `mode=demos` makes."""
+
+    n_episodes: int = MISSING
+    """dataset=demos: how many of the embedded ones to replay and render (at most 2,000); mode=demos: to make."""
+    mirror: bool = MISSING
+    """dataset=demos: each one's mirror image, too, where that solves the task: nearly twice as many."""
+    start_seed: int = MISSING
+    """mode=demos: the first of the environment's reset seeds to start from; they go up by one, a start that is not
+    solved is left out. Apart from those of evaluation (100,000 and 200,000 up) and of the embedded ones (1,000,000)."""
+    starts: str | None = MISSING
+    """mode=demos: a CSV file of states to start from, each once and in order, under the header
+    agent_x,agent_y,block_x,block_y,block_angle (px, rad); null: the environment's resets from start_seed up."""
+    coverage: float = MISSING
+    """Share of the goal to cover before an episode ends, in [0.95, 1); the environment asks for 0.95."""
+    speed: float = MISSING
+    """Px a step at which the planner walks round the T; it pushes at 7/9 of it."""
+    smoothness: float = MISSING
+    """Weight on changes of speed and direction; 0 ignores them."""
+    action_noise: float = MISSING
+    """Standard deviation in px of the noise on what is carried out; the actions recorded stay clean."""
+    replan: int = MISSING
+    """Steps between two searches for a plan; with noise 1 or 2 answer it best and take 2 to 3 times as long."""
+    seed: int = MISSING
+    """Of the planner's and the noise's random numbers: another one gives other demonstrations from the same starts."""
+    workers: int = MISSING
+    """Planning processes; 0: as many as there are cores. Part of the time, not of the result."""
+    push_to_hub: bool = MISSING
+    """Upload the finished data set, with a card, to the Hugging Face Hub."""
+    repo_id: str | None = MISSING
+    """Its name there, USER/NAME."""
+
+
+@dataclass
+class Config:
+    """One job."""
+
+    mode: Mode = MISSING
+    """Set by the group `mode`."""
+    seed: int = MISSING
+    """Of initialisation, data order, dropout and VAE noise (see seeding.py); not of the evaluation's environments."""
+    steps: int = MISSING
+    """Optimizer steps of the whole run, those before a resume included."""
+    batch_size: int = MISSING
+    """Samples of one step; with several processes (torchrun) of all together, so it is a multiple of their number."""
+    log_freq: int = MISSING
+    """Steps between two lines of metrics; 0: never."""
+    eval_freq: int = MISSING
+    """Steps between two evaluations in the environment (LeRobot 0.6: env_eval_freq); 0: never."""
+    eval_steps: int = MISSING
+    """Steps between two validation losses on the episodes held out by dataset.eval_split; 0: never."""
+    save_checkpoint: bool = MISSING
+    """Whether checkpoints are written at all."""
+    save_freq: int = MISSING
+    """Steps between two checkpoints; the last step always has one; 0: only the last step."""
+    output_dir: str = MISSING
+    """The run directory; a job of a sweep gets its own under hydra.sweep.dir unless this is given."""
+    job_name: str = MISSING
+    """Name of the run in logs, W&B and the model card."""
+    overwrite: bool = MISSING
+    """Move an existing run directory aside (to output_dir.old-N) and start afresh."""
+    print_lerobot_command: bool = MISSING
+    """Print the equivalent stock command line and stop."""
+    checkpoint: str | None = MISSING
+    """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
+    dir: str | None = None
+    """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or a run directory."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    status: StatusConfig = field(default_factory=StatusConfig)
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    demos: DemosConfig = field(default_factory=DemosConfig)
+    policy: dict[str, Any] = MISSING
+    """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""
+    env: dict[str, Any] = MISSING
+    """LeRobot's PushtEnv."""
+    dataset: dict[str, Any] = MISSING
+    """LeRobot's DatasetConfig; repo_id pusht_act/demos is the embedded data."""
+    optimizer: dict[str, Any] = MISSING
+    """Fields of LeRobot's AdamWConfig that replace the policy's preset, e.g. grad_clip_norm."""
+    scheduler: dict[str, Any] = MISSING
+    """LeRobot's LRSchedulerConfig, e.g. {type: cosine_decay_with_warmup, ...}; {}: a constant rate."""
+
+
+PROFILED_STEPS = 25
+"""Those that train.profile measures: the first of a run."""
+TRAIN_MODES = (Mode.test, Mode.full)
+"""Modes that begin with new weights, or with those of policy.pretrained_path."""
+EMBEDDED_REPO_ID = "pusht_act/demos"
+MAX_DEMOS = 2000
+
+
+def register() -> None:
+    """Give Hydra the schemas that conf/config.yaml and conf/hydra/sweeper/optuna.yaml extend."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(group="hydra/sweeper", name="schema", node=OptunaConfig)
+    # Hydra copies the whole store for every group that --help lists, half of its time; nobody writes to the copies.
+    ConfigStore.__deepcopy__ = lambda self, _: self
+    # The presets in conf/hydra/launcher extend the plugin's nodes by having their names, which Hydra 1.3 frowns upon;
+    # the other way, a defaults list, would need the plugin's nodes to have names of their own.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """`config` in plain types, to be written into a file."""
+    return {**asdict(config), "mode": config.mode.value}
+
+
+OUR_SECTIONS = {field.name for field in fields(Config) if is_dataclass(field.type)}
+"""Typed by config.py; the others are LeRobot's, whose defaults are its own."""
+METADATA_FILE = "pusht_act.json"
+"""In a checkpoint's two folders, what LeRobot does not keep."""

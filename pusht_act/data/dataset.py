@@ -1,0 +1,87 @@
+"""Which frames a job trains on: open the data set, split its episodes, take its features and statistics."""
+
+import math
+from typing import Any
+
+import torch
+from lerobot.envs.configs import PushtEnv
+from lerobot.utils.constants import ACTION, IMAGENET_STATS
+from torch import Tensor
+
+from pusht_act.config.lerobot import LeRobotConfig, observation_keys
+from pusht_act.config.schema import EMBEDDED_REPO_ID, Config
+from pusht_act.data.cache import FrameDataset
+
+
+def open_dataset(config: Config, lerobot: LeRobotConfig) -> FrameDataset:
+    """The frames that `dataset` names: LeRobot's format, or the embedded demonstrations as `env` observes them.
+
+    Raises:
+        ValueError: the data set lacks what `env` observes, or has what it does not.
+    """
+    if lerobot.dataset.repo_id == EMBEDDED_REPO_ID:
+        from pusht_act.data.builtin_demos import open_builtin_demos
+
+        return open_builtin_demos(config.demos.n_episodes, lerobot.env, config.demos.mirror)
+    from pusht_act.data.lerobot_reader import open_lerobot_dataset
+
+    frames = open_lerobot_dataset(lerobot.dataset)
+    _check_observations(frames, lerobot.env)
+    return frames
+
+
+def _check_observations(frames: FrameDataset, env: PushtEnv) -> None:
+    has, needs = frames.arrays.keys() - {ACTION}, observation_keys(env)
+    if ACTION not in frames.arrays:
+        raise ValueError(f"dataset {frames.repo_id} has no action to learn")
+    if has == needs:
+        return
+    group = "pusht_keypoints" if "observation.environment_state" in has else "pusht"
+    raise ValueError(
+        f"dataset {frames.repo_id} has {', '.join(sorted(has))}, but env.obs_type={env.obs_type} gives "
+        f"{', '.join(sorted(needs))}: give env={group}, or a data set that fits the environment"
+    )
+
+
+def normalization_stats(frames: FrameDataset, use_imagenet_stats: bool) -> dict[str, dict[str, Tensor]]:
+    """LeRobot's statistics by feature; as in stock training, pictures take ImageNet's unless told otherwise."""
+    stats = {
+        key: {name: torch.tensor(value, dtype=torch.float32) for name, value in frames.stats[key].items()}
+        for key in frames.arrays
+    }
+    if use_imagenet_stats:
+        for key in frames.image_keys:
+            stats[key] |= {name: torch.tensor(value, dtype=torch.float32) for name, value in IMAGENET_STATS.items()}
+    return stats
+
+
+def split_episodes(frames: FrameDataset, episodes: list[int] | None, eval_split: float) -> tuple[list[int], list[int]]:
+    """(training, held-out) episodes: as in stock, the last ceil(n * eval_split) of each task are held out."""
+    total = len(frames.episodes)
+    chosen = list(range(total)) if episodes is None else episodes
+    if outside := [e for e in chosen if e >= total]:
+        raise ValueError(f"dataset.episodes={outside} are not in {frames.repo_id}: it has 0 to {total - 1}")
+    if not eval_split:
+        return chosen, []
+    by_task: dict[str, list[int]] = {}
+    for episode in chosen:
+        by_task.setdefault(frames.tasks[episode], []).append(episode)
+    train: list[int] = []
+    held_out: list[int] = []
+    for group in by_task.values():
+        cut = len(group) - math.ceil(len(group) * eval_split)
+        train += group[:cut]
+        held_out += group[cut:]
+    if not train:
+        raise ValueError(f"dataset.eval_split={eval_split} leaves none of {len(chosen)} episodes to train on: lower it")
+    return train, held_out
+
+
+def policy_features(frames: FrameDataset) -> tuple[dict[str, Any], dict[str, Any]]:
+    """LeRobot's (input_features, output_features) of a policy trained on `frames`."""
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    features = dataset_to_policy_features(frames.features)
+    for feature in features.values():
+        feature.shape = tuple(feature.shape)  # as a checkpoint's config.json is decoded
+    return {k: f for k, f in features.items() if k != ACTION}, {ACTION: features[ACTION]}

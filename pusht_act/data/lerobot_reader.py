@@ -1,0 +1,265 @@
+"""A LeRobotDataset v3.0 on disk or on the Hub -> FrameDataset: parquet by PyArrow, video by PyAV.
+
+The format: meta/info.json (features, paths), meta/stats.json, meta/episodes/**.parquet (one row an episode),
+data/**.parquet (one row a frame), videos/<key>/**.mp4 (several episodes one after the other in a file).
+"""
+
+import hashlib
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from lerobot.configs.default import DatasetConfig
+from PIL import Image
+from tqdm import tqdm
+
+from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, load_or_build
+from pusht_act.runtime.signals import begin, wait_for
+from pusht_act.runtime.system import cores
+
+log = logging.getLogger(__name__)
+
+PART = 1000
+"""FrameDataset of a video file that one thread decodes at a time."""
+
+
+def open_lerobot_dataset(dataset: DatasetConfig) -> FrameDataset:
+    """The frames of the data set that `dataset` names, decoded at the first call.
+
+    Raises:
+        FileNotFoundError: it is neither at `root`, nor in LeRobot's local folders, nor to be had from the Hub.
+        ValueError: another format version, or a file that is damaged.
+    """
+    root = Path(dataset.root) if dataset.root else _from_hub(dataset)
+    info = _read_info(root)
+    return load_or_build(dataset.repo_id, _content_hash(root), lambda allocate: _decode(root, info, allocate))
+
+
+def _from_hub(dataset: DatasetConfig) -> Path:
+    """LeRobot's own look-up: $HF_LEROBOT_HOME, its snapshot cache, then the Hub."""
+    from huggingface_hub import snapshot_download
+    from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
+
+    local = HF_LEROBOT_HOME / dataset.repo_id
+    if (local / "meta" / "info.json").exists():
+        return Path(local)
+    revision = dataset.revision or CODEBASE_VERSION
+    try:
+        return Path(
+            snapshot_download(
+                dataset.repo_id,
+                repo_type="dataset",
+                revision=revision,
+                cache_dir=HF_LEROBOT_HUB_CACHE,
+                local_files_only=True,
+            )
+        )
+    except (OSError, ValueError):
+        log.info("fetching %s from the Hub", dataset.repo_id)
+    try:
+        return Path(LeRobotDataset(dataset.repo_id, revision=dataset.revision, video_backend="pyav").root)
+    except Exception as error:  # the Hub client, httpx and LeRobot raise classes of their own
+        raise FileNotFoundError(
+            f"dataset.repo_id={dataset.repo_id} is not on this machine and cannot be fetched "
+            f"({type(error).__name__}): give dataset.root=PATH of a local copy, or dataset=demos for the embedded data"
+        ) from error
+
+
+def _read_info(root: Path) -> dict[str, Any]:
+    path = root / "meta" / "info.json"
+    try:
+        info = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"dataset.root={root} holds no LeRobot data set (no meta/info.json): give dataset.root=PATH of one"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch the data set again") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{path} is damaged (no JSON object): fetch the data set again")
+    version = info.get("codebase_version")
+    if version != "v3.0":
+        raise ValueError(
+            f"dataset.root={root} has format {version}, this reads v3.0: convert it with "
+            "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+        )
+    _check_names(path, info)
+    return info
+
+
+def _check_names(path: Path, info: dict[str, Any]) -> None:
+    """What info.json names stays within the data set: a feature is a file of the cache, a template one of the data."""
+    features = info.get("features")
+    numbers = (info.get(key) for key in ("total_frames", "total_episodes", "fps"))
+    if not isinstance(features, dict) or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"{path} is damaged (no features, total_frames, total_episodes or fps): fetch it again")
+    for key, feature in features.items():
+        sound = isinstance(feature, dict) and {"dtype", "shape"} <= {*feature} and re.fullmatch(r"\w[\w. -]*", key)
+        if not sound:
+            raise ValueError(
+                f"{path}: feature {key[:60]!r} is no name with a dtype and a shape: fetch the data set again"
+            )
+    for key in ("data_path", "video_path"):
+        if info.get(key) is not None:
+            _within(path.parent.parent, info[key], key, video_key="x", chunk_index=0, file_index=0)
+
+
+def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
+    """The file that a template of info.json names.
+
+    Raises:
+        ValueError: it lies outside of `root` (by its name: the Hub's cache is made of links), or is no template.
+    """
+    try:
+        path: Path = root / template.format(**values)
+        inside = ".." not in path.relative_to(root).parts
+    except (ValueError, KeyError, IndexError, AttributeError, TypeError):
+        inside = False
+    if not inside:
+        raise ValueError(
+            f"{root / 'meta' / 'info.json'}: {key}={str(template)[:80]!r} names no file within the data set: "
+            "fetch it from a source that you trust"
+        )
+    return path
+
+
+def _content_hash(root: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in ("meta", "data", "videos") for p in (root / folder).rglob("*") if p.is_file()):
+        digest.update(path.relative_to(root).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDataset:
+    features = {k: f for k, f in info["features"].items() if k.startswith("observation.") or k == "action"}
+    total = info["total_frames"]
+    log.info("decoding %s once: %d frames", root, total)
+    episodes = _read_parquet(root / "meta" / "episodes", ["dataset_from_index", "dataset_to_index", "tasks"])
+    bounds = np.stack([episodes["dataset_from_index"].to_numpy(), episodes["dataset_to_index"].to_numpy()], axis=1)
+    if len(bounds) != info["total_episodes"] or bounds[-1, 1] != total:
+        raise ValueError(f"{root / 'meta'} is damaged: info.json and episodes disagree; fetch the data set again")
+    arrays: dict[str, np.ndarray] = {}
+    for key, feature in features.items():
+        if feature["dtype"] in ("video", "image"):
+            if (feature.get("info") or {}).get("is_depth_map"):
+                raise ValueError(f"{root}: {key} is a depth map, which ACT on PushT does not read")
+            height, width, channels = feature["shape"]
+            arrays[key] = allocate(key, (total, channels, height, width), "uint8")
+        else:
+            arrays[key] = allocate(key, (total, *feature["shape"]), "float32")
+    _fill(root, info, arrays)
+    return BuiltDataset(
+        episodes=bounds,
+        tasks=[task[0] if task else "" for task in episodes["tasks"].to_pylist()],
+        features=features,
+        stats=json.loads((root / "meta" / "stats.json").read_text()),
+        fps=info["fps"],
+    )
+
+
+def _fill(root: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    columns = [key for key in arrays if info["features"][key]["dtype"] != "video"]
+    table = _read_parquet(root / "data", [*columns, "index", "timestamp", "episode_index"])
+    if not np.array_equal(table["index"].to_numpy(), np.arange(info["total_frames"])):
+        raise ValueError(f"{root / 'data'} is damaged: its frames are not 0 to {info['total_frames'] - 1}")
+    for key in columns:
+        column = table[key].combine_chunks()
+        if info["features"][key]["dtype"] == "image":
+            for i, cell in enumerate(tqdm(column.to_pylist(), desc=f"decoding {key}", unit="frame")):
+                arrays[key][i] = np.asarray(Image.open(BytesIO(cell["bytes"])).convert("RGB")).transpose(2, 0, 1)
+        else:
+            arrays[key][:] = column.flatten().to_numpy().reshape(arrays[key].shape)
+    for key in arrays.keys() - set(columns):
+        _decode_videos(root, info, key, table["timestamp"].to_numpy(), arrays[key])
+
+
+def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.ndarray, out: np.ndarray) -> None:
+    """Every frame of feature `key` into `out` [N, 3, H, W], each the one LeRobot's PyAV reader would pick."""
+    prefix = f"videos/{key}"
+    names = ["dataset_from_index", "dataset_to_index", f"{prefix}/chunk_index", f"{prefix}/file_index"]
+    rows = _read_parquet(root / "meta" / "episodes", [*names, f"{prefix}/from_timestamp"]).to_pylist()
+    files: dict[Path, list[tuple[int, float]]] = {}  # file -> (frame of the data set, its time in the file)
+    for row in rows:
+        start, stop, chunk, file = (row[name] for name in names)
+        path = _within(root, info["video_path"], "video_path", video_key=key, chunk_index=chunk, file_index=file)
+        times = row[f"{prefix}/from_timestamp"] + timestamps[start:stop]
+        files.setdefault(path, []).extend(zip(range(start, stop), times.tolist(), strict=True))
+    # FFmpeg's own threads share out the decoding alone, which is a third of the work.
+    parts = [(path, part) for path, wanted in files.items() for part in _parts(wanted)]
+    stop = threading.Event()
+    with (
+        tqdm(total=len(out), desc=f"decoding {key}", unit="frame", disable=None) as progress,
+        ThreadPoolExecutor(cores()) as pool,
+    ):
+        try:
+            jobs = [begin(pool, _decode_part, path, part, 0.5 / info["fps"], out, stop) for path, part in parts]
+            for job in jobs:
+                wait_for(job)
+                progress.update(job.result())
+        finally:
+            stop.set()  # nobody waits for the others when one has failed
+
+
+def _parts(wanted: list[tuple[int, float]]) -> Iterator[list[tuple[int, float]]]:
+    """`wanted` of one file in the order of time, in stretches long against the way from one key frame to the next."""
+    wanted.sort(key=lambda item: item[1])
+    for start in range(0, len(wanted), PART):
+        yield wanted[start : start + PART]
+
+
+def _decode_part(
+    path: Path, wanted: list[tuple[int, float]], tolerance: float, out: np.ndarray, stop: threading.Event
+) -> int:
+    """Decode the frames `wanted` of a file into `out`; returns their number."""
+    frames = _video_frames(path, wanted[0][1] - tolerance)
+    for index, time in wanted:
+        image = next((image for at, image in frames if at > time - tolerance), None)
+        if image is None:
+            raise ValueError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
+        out[index] = image.transpose(2, 0, 1)
+        if stop.is_set():
+            break
+    return len(wanted)
+
+
+def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]]:
+    """(time in seconds, picture uint8 [H, W, 3]) of every frame in order, from the key frame before `start` s on."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            if start > 0 and stream.time_base is not None:
+                container.seek(int(start / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is not None and stream.time_base is not None:
+                    yield float(frame.pts * stream.time_base), frame.to_ndarray(format="rgb24")
+    except (av.error.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path} cannot be decoded ({error}): fetch the data set again") from error
+
+
+def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
+    """The parquet files of `folder`, in the order of their names, as one table."""
+    paths = sorted(folder.rglob("*.parquet"))
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no parquet file: fetch the data set again")
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pq.read_table(path, columns=columns))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again") from error
+    return pa.concat_tables(tables)

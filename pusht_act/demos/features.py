@@ -1,0 +1,12 @@
+"""The features of lerobot/pusht and lerobot/pusht_keypoints."""
+
+from typing import Any
+
+TASK = "Push the T-shaped block onto the T-shaped target."
+FEATURES: dict[str, dict[str, Any]] = {
+    "observation.image": {"dtype": "image", "shape": [96, 96, 3], "names": ["height", "width", "channel"]},
+    "observation.environment_state": {"dtype": "float32", "shape": [16], "names": None},
+    "observation.state": {"dtype": "float32", "shape": [2], "names": {"motors": ["motor_0", "motor_1"]}},
+    "action": {"dtype": "float32", "shape": [2], "names": {"motors": ["motor_0", "motor_1"]}},
+}
+"""As in lerobot/pusht and lerobot/pusht_keypoints; pictures come straight from the renderer, with no video between."""

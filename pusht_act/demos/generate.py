@@ -1,0 +1,187 @@
+"""`mode=demos`: scripted demonstrations as a LeRobotDataset v3.0 with the features of lerobot/pusht.
+
+    output_dir.work/<key>/     while it is made: one file for each start planned, the command, the data set half written
+    output_dir/                all at once, by renaming: data/ meta/ videos/ (LeRobot's), README.md (its card),
+                               quality.json, film_strip.png, episode-0.mp4, demonstrations.npz (what was carried out),
+                               config.yaml and runs.jsonl
+
+Killed at any moment, the same command goes on; an output_dir with a data set in it is never written to.
+"""
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from jaxtyping import UInt8
+
+from pusht_act.config.lerobot import decode_env
+from pusht_act.config.schema import Config
+from pusht_act.demos.collect import collect, options_key
+from pusht_act.demos.dataset_card import make_card, push
+from pusht_act.demos.dataset_stats import HUMAN, dataset_stats, format_stats
+from pusht_act.demos.expert import Demonstration
+from pusht_act.demos.lerobot_writer import FPS, write_lerobot
+from pusht_act.demos.planner import PlannerOptions
+from pusht_act.envs.film_strip import film_strip
+from pusht_act.envs.pusht import Start, make_env, reset_to
+from pusht_act.envs.rendering import render_frame
+from pusht_act.envs.video import write_video
+from pusht_act.runs.provenance import command_line, package_versions, write_provenance
+from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
+from pusht_act.runtime.lock import remove_dead
+from pusht_act.runtime.system import cores
+
+log = logging.getLogger(__name__)
+
+EPISODE_BYTES = {False: 40_000, True: 90_000}
+"""Room for one episode, by whether it has pictures: its planned file, its share of the data set, half as much again."""
+OTHER_BYTES = 20_000_000
+CLEAN_SEEDS = 1_000_000
+"""Evaluation resets its environments with seeds from 100,000 and 200,000 up, people started at 0 to 205."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished data set."""
+
+    path: Path
+    metrics: dict[str, float]
+    """`dataset_stats` of it."""
+    video: Path
+
+
+def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start], overrides: list[str]) -> Written:
+    """Plan `config.demos.n_episodes` successful episodes and write them to `config.output_dir`.
+
+    `options` and `starts` are those of `config.demos`, `overrides` the command, for the record.
+
+    Raises:
+        ValueError: hardly any start is solved with `options`, or too few of them all.
+        FileExistsError: output_dir is in use, or another process is making a data set there.
+        OSError: no room on the disk, or output_dir cannot be made.
+    """
+    image = decode_env(config.env).obs_type == "pixels_agent_pos"
+    target = Path(config.output_dir).resolve()
+    _check_room(target, config.demos.n_episodes, image)
+    if config.demos.starts is None and config.demos.start_seed < CLEAN_SEEDS:
+        log.warning(
+            "demos.start_seed=%d: evaluation resets with seeds from 100,000 and 200,000 up; a policy must not be "
+            "evaluated on starts that it was trained on", config.demos.start_seed,
+        )  # fmt: skip
+    workers = config.demos.workers or cores()
+    with _work_folder(target, options) as work:
+        ensure_unused(target, config.overwrite)  # another process may have finished it since this one started
+        write_provenance(RunDir(work), {**dataclasses.asdict(config), "mode": config.mode.value}, overrides)
+        tried = collect(work / "planned", options, starts, config.demos.n_episodes, workers)
+        figures = dataset_stats(tried)
+        solved = [made for made in tried if made.success]
+        log.info("writing %d episodes%s", len(solved), " with pictures" if image else "")
+        part = work / "dataset"
+        shutil.rmtree(part, ignore_errors=True)
+        write_lerobot(part, solved, image, workers)
+        _write_beside(part, tried, figures, options)
+        make_card(part, config, figures, command_line(overrides)).save(part / "README.md")
+        for name in ("config.yaml", "runs.jsonl"):
+            shutil.copy(work / name, part)
+        if move_aside(target) is None and target.exists():
+            remove_dead(target)
+        part.rename(target)
+        shutil.rmtree(work)
+    for line in format_stats(figures):
+        if "---" not in line:
+            log.info(line)
+    log.info("%d episodes, %d frames in %s; film_strip.png there shows one", len(solved), figures["n_frames"], target)
+    env = "pusht" if image else "pusht_keypoints"
+    name = str(config.demos.repo_id) if config.demos.push_to_hub else f"local/{target.name}"
+    train = [f"env={env}", f"dataset.repo_id={name}", f"dataset.root={config.output_dir}"]
+    log.info("to train on them: %s", command_line(train))
+    if config.demos.push_to_hub:
+        log.info("pushed to %s", push(target, config, figures, command_line(overrides)))
+    return Written(Path(config.output_dir), figures, Path(config.output_dir) / "episode-0.mp4")
+
+
+def _check_room(target: Path, count: int, image: bool) -> None:
+    needed = OTHER_BYTES + count * EPISODE_BYTES[image]
+    disk = next(folder for folder in target.parents if folder.is_dir())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise OSError(
+            f"output_dir={target}: {free / 1e6:.0f} MB are free there, {count} episodes need about "
+            f"{needed / 1e6:.0f} MB: free some, lower demos.n_episodes or give output_dir= on another disk"
+        )
+
+
+@contextmanager
+def _work_folder(target: Path, options: PlannerOptions) -> Iterator[Path]:
+    """Where the data set of `options` is made, this process's alone; a sibling, so that renaming moves no bytes."""
+    root = target.with_name(f"{target.name}.work")
+    work = root / options_key(options)
+    try:
+        (work / "planned").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"output_dir={target}: {root} cannot be made ({error.strerror}): give output_dir= where you may write"
+        ) from error
+    lock = FileLock(root / "lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise FileExistsError(
+            f"output_dir={target} is being written by another process: wait for it, or give another output_dir="
+        ) from error
+    try:
+        yield work
+    finally:
+        lock.release()
+        if not work.exists():
+            with suppress(OSError):  # demonstrations of other options may wait there
+                (root / "lock").unlink(missing_ok=True)
+                root.rmdir()
+
+
+def _write_beside(
+    root: Path, tried: Sequence[Demonstration], figures: dict[str, float], options: PlannerOptions
+) -> None:
+    """What LeRobot does not keep, and what one looks at first."""
+    solved = [made for made in tried if made.success]
+    first = solved[0].start
+    kind = "seed" if isinstance(first, int) else "start"
+    kept: dict[str, Any] = {
+        kind: np.array([made.start for made in solved]),
+        "length": np.array([len(made.action) for made in solved], np.int64),
+        "action": np.concatenate([made.action for made in solved]),
+        "executed": np.concatenate([made.executed for made in solved]),
+        "coverage": np.array([made.coverage for made in solved], np.float64),
+    }
+    np.savez_compressed(root / "demonstrations.npz", **kept)
+    record = {
+        "demonstrations": figures,
+        "human": HUMAN,
+        "options": dataclasses.asdict(options),
+        f"{kind}s_not_solved": [made.start for made in tried if not made.success],
+        "versions": package_versions(),
+    }
+    (root / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
+    pictures = _film(solved[0])
+    write_video(root / "episode-0.mp4", pictures, FPS)
+    film_strip(pictures, True, first if isinstance(first, int) else None).save(root / "film_strip.png")
+
+
+def _film(made: Demonstration) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Large pictures of an episode, the last one after its last action."""
+    env = make_env()
+    env.visualization_width = env.visualization_height = 384
+    reset_to(env, made.start)
+    pictures = [render_frame(env)]
+    for action in made.executed:
+        env.step(action)
+        pictures.append(render_frame(env))
+    return pictures

@@ -1,0 +1,86 @@
+"""Where demonstrations start: the environment's resets from a seed up, or the states of a file.
+
+agent_x,agent_y,block_x,block_y,block_angle (px, rad)  -> states, each one checked before any is planned
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pusht_act.config.schema import DemosConfig
+from pusht_act.demos.expert import check_plannable
+from pusht_act.envs.pusht import Start
+
+COLUMNS = ("agent_x", "agent_y", "block_x", "block_y", "block_angle")
+HEADER = ",".join(COLUMNS)
+
+
+def initial_states(demos: DemosConfig) -> Sequence[Start]:
+    """What `demos` has planned, in order: reset seeds without an end, or all states of the file `demos.starts`.
+
+    Raises:
+        ValueError: the file cannot be read, a line of it is no start, or it has fewer than `demos.n_episodes`.
+    """
+    if demos.starts is None:
+        return range(demos.start_seed, np.iinfo(np.int64).max)
+    starts = read_initial_states(demos.starts)
+    if len(starts) < demos.n_episodes:
+        raise ValueError(
+            f"demos.starts={demos.starts} has too few starts, {len(starts)}, for demos.n_episodes={demos.n_episodes}: "
+            f"give demos.n_episodes={len(starts)} or less, or a longer list"
+        )
+    return starts
+
+
+def read_initial_states(path: str) -> list[Start]:
+    """The states in a CSV file whose first line is `HEADER`, one a line in px and rad; empty lines are skipped.
+
+    Raises:
+        ValueError: no such file, another header, no start at all, or a line that is no start or repeats one.
+    """
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"demos.starts={path} cannot be read ({reason}): give a CSV file that begins {HEADER}"
+        ) from error
+    header = ",".join(cell.strip() for cell in rows[0][1]) if rows else ""
+    if header != HEADER:
+        raise ValueError(f"demos.starts={path} line 1: {header[:80]!r} is not the header: give {HEADER}")
+    if len(rows) == 1:
+        raise ValueError(f"demos.starts={path} has no starts: give one a line below the header")
+    lines: dict[Start, int] = {}
+    for line, row in rows[1:]:
+        try:
+            start = _start(row)
+        except ValueError as error:
+            raise ValueError(f"demos.starts={path} line {line}: {error}") from error
+        if start in lines:  # it would be the same episode again
+            raise ValueError(
+                f"demos.starts={path} line {line}: {describe_start(start)} is that of line {lines[start]}: remove it"
+            )
+        lines[start] = line
+    return list(lines)
+
+
+def _start(row: list[str]) -> Start:
+    if len(row) != len(COLUMNS):
+        raise ValueError(f"{','.join(row)[:80]!r} has {len(row)} values: give {HEADER}")
+    numbers = []
+    for name, text in zip(COLUMNS, row, strict=True):
+        try:
+            numbers.append(float(text))
+        except ValueError as error:
+            unit = "rad" if name == "block_angle" else "px"
+            raise ValueError(f"{name}={text[:80]} is not a number: give one in {unit}") from error
+    return check_plannable(numbers)
+
+
+def describe_start(start: Start) -> str:
+    """For people: `seed 7`, or `start (100, 400, 256, 300, 0.5)`."""
+    return f"seed {start}" if isinstance(start, int) else f"start ({', '.join(f'{value:g}' for value in start)})"

@@ -1,0 +1,1 @@
+"""gym-pusht: physics, coverage, rendering and vector environments. Imports neither torch nor lerobot."""

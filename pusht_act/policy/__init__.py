@@ -1,0 +1,1 @@
+"""LeRobot's ACT: model, loss, processors and optimizer."""

@@ -1,0 +1,150 @@
+"""LeRobot's ACT policy: made, loaded, its loss, its processors, its optimizer."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.act.modeling_act import ACTPolicy
+from lerobot.policies.act.processor_act import make_act_pre_post_processors
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor.pipeline import ProcessorMigrationError
+from lerobot.utils.constants import ACTION, OBS_IMAGES
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import Tensor
+
+DAMAGED = (
+    *(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
+    ProcessorMigrationError,
+)
+"""What LeRobot raises at a processor's files that are missing, damaged or not its own."""
+
+
+@dataclass(frozen=True)
+class Processors:
+    """LeRobot's pipelines: `pre` normalizes a batch on the policy's device, `post` returns actions in pixels."""
+
+    pre: PolicyProcessorPipeline[dict[str, Any], dict[str, Any]]
+    post: PolicyProcessorPipeline[Any, Any]
+
+
+def make_policy(config: ACTConfig) -> ACTPolicy:
+    """A fresh ACT on `config.device`; draws from PyTorch's global generator.
+
+    Raises:
+        ValueError: the ImageNet weights of the backbone cannot be had.
+    """
+    try:
+        return _to_device(ACTPolicy(config))
+    except OSError as error:  # torchvision downloads by urllib, whose errors are OSErrors
+        raise ValueError(
+            f"policy.pretrained_backbone_weights={config.pretrained_backbone_weights} cannot be downloaded ({error}): "
+            "give policy.pretrained_backbone_weights=null to start from random weights"
+        ) from error
+
+
+def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
+    """The ACT with the weights in `directory`/model.safetensors.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of another architecture than `config`.
+    """
+    # The weights to load replace ImageNet's, which stock LeRobot downloads here all the same.
+    policy = ACTPolicy(dataclasses.replace(config, pretrained_backbone_weights=None))
+    policy.config = config
+    path = directory / "model.safetensors"
+    try:
+        load_model(policy, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): give another checkpoint") from error
+    except RuntimeError as error:  # keys or shapes differ
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} holds another policy than policy.* describes: {reason}") from error
+    return _to_device(policy)
+
+
+def _to_device(policy: ACTPolicy) -> ACTPolicy:
+    """`policy` on its device. A GPU multiplies fp32 in TF32, as in stock training and evaluation.
+
+    Its convolutions want channels last; for an evaluation, too, or mode=eval would round otherwise than training.
+    """
+    if torch.device(policy.config.device).type != "cuda":
+        return policy.to(policy.config.device)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    return policy.to(policy.config.device, memory_format=torch.channels_last)
+
+
+def make_processors(config: ACTConfig, stats: dict[str, dict[str, Tensor]]) -> Processors:
+    """The processors of a fresh policy; `stats` as `data.normalization_stats` gives them."""
+    return Processors(*make_act_pre_post_processors(config, stats))
+
+
+def load_processors(config: ACTConfig, directory: Path) -> Processors:
+    """The processors saved in a checkpoint, whose statistics stand, moved to the policy's device."""
+    device = {"device_processor": {"device": config.device}}
+    try:
+        return Processors(*make_pre_post_processors(config, str(directory), preprocessor_overrides=device))
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory}: the processors are missing or damaged ({reason})") from error
+
+
+def act_loss(
+    policy: ACTPolicy, batch: Mapping[str, Tensor], counts: Float[Tensor, "2"] | None = None
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """ACT's loss on a normalized batch: L1 over the actions that are not padding, plus kl_weight times the KL term.
+
+    The same arithmetic as LeRobot's `ACTPolicy.forward`, whose `.item()` waits for the device at every step; here the
+    parts stay tensors. In eval mode there is no KL term: the latent is zero.
+
+    `counts`, as `counted` has them of a whole batch of which `batch` is a part, makes its loss a share of the whole's:
+    those of all parts add up to it.
+
+    Returns:
+        the loss and its parts under LeRobot's names, l1_loss and kld_loss.
+    """
+    inputs = dict(batch)
+    if policy.config.image_features:
+        inputs[OBS_IMAGES] = [batch[key] for key in policy.config.image_features]  # type: ignore[assignment]
+    actions_hat, (mu, log_sigma_x2) = policy.model(inputs)
+    error = F.l1_loss(batch[ACTION], actions_hat, reduction="none")
+    valid = ~batch["action_is_pad"].unsqueeze(-1)
+    n_valid = valid.sum() if counts is None else counts[0]
+    l1_loss = (error * valid).sum() / (n_valid * error.shape[-1]).clamp_min(1)
+    if not policy.config.use_vae or log_sigma_x2 is None:
+        return l1_loss, {"l1_loss": l1_loss.detach()}
+    # KL(q(z|x) || N(0, 1)), summed over the latent's dimensions (Kingma and Welling 2013, appendix B)
+    divergence = (-0.5 * (1 + log_sigma_x2 - mu.pow(2) - log_sigma_x2.exp())).sum(-1)
+    kld_loss = divergence.mean() if counts is None else (divergence * valid.any((1, 2))).sum() / counts[1].clamp_min(1)
+    loss = l1_loss + kld_loss * policy.config.kl_weight
+    return loss, {"l1_loss": l1_loss.detach(), "kld_loss": kld_loss.detach()}
+
+
+def valid_counts(batch: Mapping[str, Tensor]) -> Float[Tensor, "2"]:
+    """What the means of `act_loss` are over: actions that are not padding, and rows that have one."""
+    valid = ~batch["action_is_pad"]
+    return torch.stack([valid.sum(), valid.any(1).sum()]).float()
+
+
+def autocast(policy: ACTPolicy, precision: str | None = None) -> torch.autocast:
+    """bfloat16 or not, as `precision` says; None: where LeRobot's `policy.use_amp` asks for it, as in evaluations."""
+    device = torch.device(policy.config.device).type
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16(policy.config, precision))
+
+
+def bf16_is_emulated(config: ACTConfig, precision: str | None) -> bool:
+    """Whether `precision`, as for `autocast`, is one that the device has no arithmetic for."""
+    on_cpu = torch.device(str(config.device)).type == "cpu"
+    return on_cpu and is_bf16(config, precision) and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def is_bf16(config: ACTConfig, precision: str | None) -> bool:
+    """Whether `precision`, as for `autocast`, is bfloat16."""
+    return bool(config.use_amp) if precision is None else precision == "bf16"

@@ -1,0 +1,1 @@
+"""A run on disk: its paths, its provenance and its loggers."""

@@ -1,0 +1,1 @@
+"""Processes and files: signals, ranks, the lock, worker processes, seeds. Knows nothing of ACT or PushT."""
