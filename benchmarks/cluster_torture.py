@@ -25,10 +25,10 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.forked import Commands
 from benchmarks.measure import record, table, told
-from benchmarks.slurm import KILL_WAIT_S, Slurm, missing
 from benchmarks.torture import last_step, outcome, progress
+from tests.helpers.commands import Commands
+from tests.helpers.slurm import KILL_WAIT_S, Slurm, missing
 
 RUN = [
     *("mode=test", "env=pusht_keypoints", "dataset=demos", "demos.n_episodes=4", "policy=act_small"),

@@ -26,8 +26,8 @@ from typing import Any
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.forked import Commands
 from pusht_act.checkpoints.manifest import find_corruption
+from tests.helpers.commands import Commands
 
 STEPS = 30
 COMMAND = [

@@ -7,48 +7,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two threads on a busy machine wait for each other
-
 import pytest
 import torch
 from hypothesis import settings
 
 import pusht_act
-from benchmarks.forked import Commands
 from pusht_act.job import Result
+from tests.helpers.commands import Commands
+from tests.helpers.runs import tiny_command
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two threads on a busy machine wait for each other
+
+pytest_plugins = ["tests.helpers.wandb", "tests.helpers.wandb_server"]
 
 settings.register_profile("unhurried", settings(), deadline=None)  # on a loaded machine an example takes its time
 settings.load_profile("unhurried")
 
 HUMAN = Path(__file__).parents[2] / "shared" / "data"
 """The human demonstrations, beside a developer's checkout; never part of the project."""
-
-TINY = [
-    "mode=test",
-    "env=pusht_keypoints",
-    "dataset=demos",
-    "demos.n_episodes=4",
-    "policy=act_small",
-    "policy.chunk_size=8",
-    "policy.n_action_steps=8",
-    "policy.dim_model=32",
-    "batch_size=4",
-    "steps=4",
-    "log_freq=1",
-    "eval_freq=0",
-    "eval.n_episodes=2",
-    "eval.batch_size=2",
-    "eval.n_videos=0",
-    "env.episode_length=12",
-    "wandb.enable=false",
-]
-"""A run of seconds on one core, every part of it real."""
-
-
-def tiny_command(*overrides: str) -> list[str]:
-    """TINY and `overrides`; with another data set there is no number of embedded demonstrations to give."""
-    other = any(o.startswith("dataset=") and o != "dataset=demos" for o in overrides)
-    return [*(o for o in TINY if not (other and o.startswith("demos."))), *overrides]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -98,6 +74,7 @@ def commands(cache: Path) -> Iterator[Commands]:
 @pytest.fixture
 def human() -> Path:
     if not HUMAN.is_dir():
+        assert not (os.environ.get("CI") and HUMAN.parent.is_dir()), f"{HUMAN} is not where the data tests look for it"
         pytest.skip("the human demonstrations (shared/data beside the checkout) are not here")
     return HUMAN
 

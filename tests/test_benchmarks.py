@@ -53,7 +53,7 @@ def test_the_suite_for_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_the_curves_of_precision_stand_beside_those_of_seeds(tmp_path: Path) -> None:
-    from tests.conftest import TINY
+    from tests.helpers.runs import TINY
 
     printed = benchmark(
         "precision_curves.py", "--steps", "5", "--seeds", "2", "--ways", "bf16", "--folder", str(tmp_path),

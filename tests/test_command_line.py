@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from pusht_act.config.validation import to_config
 from pusht_act.job import Result
 from pusht_act.main import CONFIG_DIR, _execute
-from tests.conftest import TINY, tiny_command
+from tests.helpers.runs import TINY, tiny_command
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher")  # as config.register does; pytest undoes that
 SECONDS_TO_ANSWER = 1.5

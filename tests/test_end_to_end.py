@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 
 from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
-from tests.conftest import TINY
+from tests.helpers.runs import TINY
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

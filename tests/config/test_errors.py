@@ -1,0 +1,360 @@
+"""Bad input: one line that names the key, the value and the remedy; exit code 1; nothing written."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pusht_act
+from pusht_act.config.errors import explain
+from pusht_act.main import CONFIG_DIR, USER_ERRORS, main
+from tests.helpers.command_line import command
+from tests.helpers.runs import TINY, tiny_command
+
+NOBODYS = "nobody/has-put-this-on-the-hub"
+
+# The command line, then what its one line must contain: the key with the value given, and the remedy.
+REFUSED = [
+    # names that are not there
+    ("foo=1", "foo is unknown", "--cfg job"),
+    ("+foo.bar=1", "foo is unknown", "--cfg job"),
+    ("stepps=3", "stepps is unknown", "did you mean steps?"),
+    ("polcy.dim_model=3", "polcy.dim_model", "did you mean policy.dim_model?"),
+    ("policy.n_actions_steps=3", "policy.n_actions_steps", "did you mean policy.n_action_steps?"),
+    ("policy.dropout=0.2", "policy.dropout", "+policy.dropout=VALUE"),
+    ("scheduler.type=cosine", "scheduler.type", "+scheduler.type=VALUE"),
+    ("policy.batch_size=3", "policy.batch_size", "did you mean batch_size?"),
+    ("optimizer_lr=1e-4", "optimizer_lr", "did you mean policy.optimizer_lr?"),
+    ("~foo", "~foo", "there is no foo to remove"),
+    # names of old
+    ("policy.hidden_dim=256", "policy.hidden_dim", "did you mean policy.dim_model?"),
+    ("env_eval_freq=5", "env_eval_freq", "did you mean eval_freq?"),
+    ("training.steps=4", "training.steps", "did you mean steps?"),
+    ("lr=1e-4", "lr", "did you mean policy.optimizer_lr?"),
+    ("device=cuda", "device", "did you mean policy.device?"),
+    ("eval.seed=4", "eval.seed", "did you mean eval.start_seed?"),
+    ("resume=true", "resume=true", "did you mean mode=resume?"),
+    ("config_path=x", "config_path", "did you mean resume.path?"),
+    ("policy.path=x", "policy.path", "checkpoint (mode=eval)", "resume.path (mode=resume)"),
+    # groups
+    ("policy=act_smal", "policy=act_smal", "did you mean policy=act_small?"),
+    ("mode=train", "mode=train", "full, resume, status, test"),
+    ("polic=act", "polic", "did you mean policy?"),
+    ("+policy=act_small", "+policy", "leave the + out"),
+    ("policy=3", "a group", "policy=act"),
+    ("hydra/launcher=slurm", "hydra/launcher=slurm", "submitit_slurm"),
+    # values of another type
+    ("steps=abc", "steps=abc", "give a whole number"),
+    ("steps=1.5", "steps=1.5", "give a whole number"),
+    ("batch_size=null", "batch_size=null", "must have a value"),
+    ("overwrite=perhaps", "overwrite=perhaps", "give true or false"),
+    ("wandb.enable=2", "wandb.enable=2", "give true or false"),
+    ("wandb={enable:-1}", "wandb.enable=-1", "give true or false"),
+    ("policy.chunk_size=abc", "policy.chunk_size=abc", "not a number"),
+    ("policy.optimizer_lr=null", "policy.optimizer_lr=None", "not a number"),
+    ("steps", "'steps'", "give KEY=VALUE"),
+    ("policy.n_action_steps=[", "policy.n_action_steps=[", "give KEY=VALUE"),
+    ("seed=1,2", "seed=1,2", "add -m"),
+    ("+policy.chunk_size=8", "policy.chunk_size", "leave the + out"),
+    # sizes
+    *((f"{key}=0", f"{key}=0", "give 1 or more") for key in ("steps", "batch_size", "eval.n_episodes")),
+    *((f"{key}=-1", f"{key}=-1", "give 0 or more") for key in ("seed", "eval_freq", "save_freq", "eval.n_videos")),
+    *((f"checkpoints.{key}=-1", f"checkpoints.{key}=-1", "give 0 or more") for key in ("keep_last", "keep_every")),
+    *((f"train.{key}=-1", f"train.{key}=-1", "give 0 or more") for key in ("max_nonfinite", "max_rollbacks")),
+    ("eval.workers=-1", "eval.workers=-1", "give 0 or more"),
+    ("policy.chunk_size=0", "policy.chunk_size=0", "give 1 or more"),
+    ("policy.n_action_steps=-4", "policy.n_action_steps=-4", "give 1 or more"),
+    ("policy.optimizer_lr=-1", "policy.optimizer_lr=-1", "give 0 or more"),
+    ("env.episode_length=0", "env.episode_length=0", "give 1 or more"),
+    ("dataset=demos demos.n_episodes=0", "demos.n_episodes=0", "give 1 to 2000"),
+    ("policy.n_action_steps=101", "policy.n_action_steps=101", "policy.chunk_size=100", "give policy.n_action_steps="),
+    ("dataset.eval_split=1", "dataset.eval_split=1", "from 0 up to, not including, 1"),
+    ("eval_steps=5", "eval_steps=5", "dataset.eval_split=0.1"),
+    ("+scheduler.peak_lr=0", "scheduler.peak_lr=0", "give one above 0"),
+    ("+scheduler.peak_lr=-1e-4", "scheduler.peak_lr=-0.0001", "give one above 0"),
+    ("+scheduler.peak_lr=high", "scheduler.peak_lr=high", "give one above 0"),
+    ("+scheduler.decay_lr=-1", "scheduler.decay_lr=-1", "give 0 or more"),
+    ("output_dir=", "output_dir=", "leave it out"),
+    # options that would do nothing
+    ("resume.path=x", "resume.path=x", "mode=resume"),
+    ("checkpoint=x", "checkpoint=x", "mode=eval"),
+    ("sweep=seeds", "sweep=seeds is for a sweep", "give -m"),
+    ("hydra/sweeper=optuna", "hydra/sweeper=optuna chooses the values of a sweep's jobs", "give -m"),
+    ("sweep=optuna_learning_rates hydra/sweeper=basic", "sweep=optuna_learning_rates is for a sweep", "give -m"),
+    ("sweep.max_tries=2", "sweep.max_tries=2 is for a sweep", "give -m"),
+    ("sweep.resume=x", "sweep.resume=x goes on with a sweep", "give -m"),
+    ("-m sweep.resume=x", "sweep.resume=x holds no sweep", "give a folder such as multirun/DATE/TIME"),
+    ("checkpoints.keep_every=5", "checkpoints.keep_every=5", "checkpoints.keep_last=3"),
+    ("keep_last=5", "keep_last", "did you mean checkpoints.keep_last?"),
+    ("checkpoint.keep_last=5", "checkpoint.keep_last", "did you mean checkpoints.keep_last?"),
+    ("dataset=demos dataset.root=/data", "dataset.root=/data", "dataset=pusht"),
+    *(
+        (f"demos.{given}", f"demos.{given} is for mode=demos: give", "leave it out")
+        for given in ("starts=x", "start_seed=2000000", "action_noise=1", "workers=2", "repo_id=me/x")
+    ),
+    *(
+        (f"demos.{given}", f"demos.{given} is for mode=demos: give", "leave it out")
+        for given in ("coverage=0.98", "speed=9", "smoothness=2", "replan=1", "seed=3")
+    ),
+    *(
+        (f"demos.starts=x {mode}", "demos.starts=x is for mode=demos: give", "leave it out")
+        for mode in ("mode=test dataset=demos", "mode=resume", "mode=eval checkpoint=x")
+    ),
+    ("demos.push_to_hub=true", "demos.push_to_hub=True", "mode=demos", "leave it out"),
+    ("++demos.speed=8", "demos.speed=8", "mode=demos"),
+    ("demos={n_episodes:3,speed:8} dataset=demos", "demos.speed=8", "mode=demos"),
+    ("demos.n_episodes=30", "demos.n_episodes=30", "mode=demos or dataset=demos"),
+    ("demos.mirror=true", "demos.mirror=True", "for dataset=demos: give that too"),
+    ("mode=demos dataset=demos demos.mirror=true", "demos.mirror=True", "not for mode=demos: leave it out"),
+    ("mode=eval checkpoint=x demos.n_episodes=30", "demos.n_episodes=30", "mode=demos or dataset=demos"),
+    ("+policy.input_features={}", "policy.input_features={}", "leave it out"),
+    ("+policy.n_obs_steps=2", "policy.n_obs_steps=2", "leave it out"),
+    ("policy.push_to_hub=true policy.repo_id=me/x save_checkpoint=false", "save_checkpoint=false", "push_to_hub=true"),
+    # choices
+    ("policy.type=diffusion", "policy.type=diffusion", "give policy.type=act"),
+    ("wandb.mode=on", "wandb.mode=on", "online, offline or disabled"),
+    ("dataset.repo_id=null", "dataset.repo_id=None", "lerobot/pusht"),
+    ("+dataset.episodes=[0,0]", "dataset.episodes=[0, 0]", "[0,1,2]"),
+    ("+dataset.episodes=[]", "dataset.episodes=[]", "leave it out"),
+    # checkpoints
+    ("mode=eval", "mode=eval", "give checkpoint="),
+    ("mode=eval checkpoint=nowhere", "checkpoint=nowhere", "checkpoints/last"),
+    ("mode=eval checkpoint=.", "checkpoint=.", "no config.json", "checkpoints/STEP"),
+    ("mode=resume", "nothing to resume in outputs/act_pusht/train", "mode=full", "resume.path="),
+    ("mode=resume resume.path=nowhere", "resume.path=nowhere", "checkpoints/last"),
+    ("+policy.pretrained_path=nowhere", "policy.pretrained_path=nowhere", "checkpoints/last"),
+    # mode=status
+    ("mode=status", "mode=status needs a folder", "give dir=DIR"),
+    ("mode=status dir=nowhere", "dir=nowhere holds neither a sweep", "give a folder such as multirun/DATE/TIME"),
+    ("mode=status dir=.", "dir=. holds neither a sweep", "outputs/act_pusht/train"),
+    ("mode=status dir=. status.every=-1", "status.every=-1", "give 0 or more"),
+    ("mode=status dir=. status.every=soon", "status.every=soon", "give a number"),
+    ("-m mode=status dir=.", "mode=status looks at one sweep or run", "leave -m out"),
+    *(
+        (f"mode=status dir=. {given}", f"{given} does nothing in mode=status", "leave it out")
+        for given in ("steps=3", "policy=act_small", "output_dir=x", "print_lerobot_command=True")
+    ),
+    ("dir=x", "dir=x is for mode=status", "leave it out"),
+    ("mode=eval checkpoint=x status.every=3", "status.every=3 is for mode=status", "leave it out"),
+    # the new options of a run that cannot be stopped for good
+    ("resume.auto=maybe", "resume.auto=maybe", "give true or false"),
+    ("resume.auto=2", "resume.auto=2", "give true or false"),
+    ("resume.auto=null", "resume.auto=null", "must have a value"),
+    *(
+        (f"{mode} resume.auto=true", "resume.auto=True is for mode=test and mode=full", "leave it out")
+        for mode in ("mode=resume", "mode=eval checkpoint=x", "mode=demos")
+    ),
+    ("resume.path=x resume.auto=true", "resume.path=x", "mode=resume"),
+    ("resume=auto", "resume=auto", "did you mean mode=resume?"),
+    *(
+        (f"train.{key}={value}", f"train.{key}={value}", remedy)
+        for key in ("max_nonfinite", "max_rollbacks")
+        for value, remedy in (("many", "whole number"), ("1.5", "whole number"), ("null", "must have a value"))
+    ),
+    *(
+        (f"{mode} {given}", f"{given} is for training, which {mode.split()[0]} does not do", "leave it out")
+        for mode in ("mode=eval checkpoint=x", "mode=demos")
+        for given in ("train.max_nonfinite=3", "train.max_rollbacks=3", "checkpoints.keep_last=3")
+    ),
+    ("mode=demos checkpoints.background=false", "checkpoints.background=False is for training", "leave it out"),
+    ("checkpoints.background=perhaps", "checkpoints.background=perhaps", "give true or false"),
+    ("checkpoints.background=3", "checkpoints.background=3", "give true or false"),
+    ("checkpoint.background=false", "checkpoint.background=false", "did you mean checkpoints.background?"),
+    ("train=3", "train=3", "give one of its keys"),
+    ("train.max_nan=3", "train.max_nan", "did you mean train.max_nonfinite?"),
+    ("train.profile=true steps=5", "steps=5", "train.profile=true", "give 25 or more"),
+    # numbers that are none
+    *(
+        (f"{key}={value}", f"{key.strip('+')}={value}", "give 0 or more")
+        for key in ("policy.optimizer_lr", "policy.kl_weight", "+optimizer.grad_clip_norm")
+        for value in ("nan", "inf", "-inf")
+    ),
+    ("+scheduler.peak_lr=nan", "scheduler.peak_lr=nan", "give one above 0"),
+    ("+scheduler.peak_lr=inf", "scheduler.peak_lr=inf", "give one above 0"),
+    ("dataset.eval_split=nan", "dataset.eval_split=nan", "from 0 up to"),
+    ("mode=demos demos.coverage=nan", "demos.coverage=nan", "0.97"),
+    ("steps=inf", "steps=inf", "give a whole number"),
+    ("batch_size=true", "batch_size=true", "give a whole number"),
+    ("policy.chunk_size=3.5", "policy.chunk_size=3.5", "give a whole number"),
+    ("policy.dim_model=1e3", "policy.dim_model=1000.0", "give a whole number"),
+    ("wandb.entity=[1]", "wandb.entity=[1]", "give one text"),
+    ("mode=eval checkpoint=[x]", "checkpoint=[x]", "give one text"),
+    # after a run of TINY; these need LeRobot to be judged
+    *((" ".join(tiny_command(*row[0].split(" "))), *row[1:]) for row in [
+    ("+policy.dropuot=0.2", "policy.dropuot", "did you mean policy.dropout?"),
+    ("+policy.dropout=abc", "policy.dropout=abc", "float"),
+    ("+policy.dropout=2", "policy.dropout=2", "from 0 up to"),
+    ("policy.dim_model=33", "policy.dim_model=33", "policy.n_heads=4", "give policy.dim_model=32"),
+    ("+policy.feedforward_activation=tanh", "policy.feedforward_activation=tanh", "relu, gelu, glu"),
+    ("+policy.vision_backbone=resnet999", "policy.vision_backbone=resnet999", "resnet18"),
+    ("+policy.vision_backbone=vit", "policy.vision_backbone=vit", "ResNet"),
+    ("policy.pretrained_backbone_weights=x", "policy.pretrained_backbone_weights=x", "or null"),
+    ("+policy.temporal_ensemble_coeff=0.01", "policy.n_action_steps=8", "must be 1"),
+    ("+policy.normalization_mapping.STATE=X", "policy.normalization_mapping", "NormalizationMode"),
+    ("+policy.use_peft=true", "policy.use_peft=True", "leave it false"),
+    ("+policy.pretrained_revision=x", "policy.pretrained_revision=x", "leave it out"),
+    ("+env.foo=1", "env.foo", "episode_length"),
+    ("env.type=aloha", "env.type=aloha", "give env.type=pusht"),
+    ("env.task=Other", "env.task=Other", "give env.task=PushT-v0"),
+    ("env.obs_type=state", "env.obs_type=state", "pixels_agent_pos"),
+    ("+env.observation_width=96", "env.observation_width=96", "leave it out"),
+    ("+env.render_mode=human", "env.render_mode=human", "leave it out"),
+    ("+env.features={}", "env.features={}", "leave it out"),
+    ("+dataset.streaming=true", "dataset.streaming=True", "remove it"),
+    ("+dataset.image_transforms.enable=true", "dataset.image_transforms", "remove it"),
+    ("+dataset.episodes=[0,99]", "dataset.episodes=[99]", "it has 0 to 3"),
+    ("dataset.eval_split=0.9", "dataset.eval_split=0.9", "lower it"),
+    ("+optimizer.lr=1", "optimizer.lr=1", "give policy.optimizer_lr="),
+    ("+optimizer.foo=1", "optimizer.foo", "grad_clip_norm"),
+    ("+optimizer.type=sgd", "optimizer.type=sgd", "give adamw"),
+    ("+optimizer.betas=[2,3]", "optimizer.betas=[2.0, 3.0]", "give two numbers"),
+    ("+optimizer.betas=3", "optimizer.betas=3", "tuple[float, float]"),
+    ("+scheduler.type=cosine", "scheduler.type=cosine", "cosine_decay_with_warmup"),
+    ("+scheduler.type=cosine_decay_with_warmup", "scheduler.num_warmup_steps", "+scheduler.peak_lr=VALUE"),
+    (f"dataset=pusht_keypoints dataset.repo_id={NOBODYS}", f"dataset.repo_id={NOBODYS}", "dataset=demos"),
+    ("dataset=pusht_keypoints dataset.root=/nowhere", "dataset.root=/nowhere", "dataset.root=PATH"),
+    (f"mode=eval checkpoint={NOBODYS}", f"checkpoint={NOBODYS}", "give a path"),
+    ("output_dir=/proc/run", "output_dir=/proc/run", "where you may write"),
+    ]),
+]  # fmt: skip
+
+
+def line(*overrides: str) -> str:
+    """What the command prints for these overrides, all of it refused."""
+    with pytest.raises(USER_ERRORS) as caught:
+        pusht_act.run([*overrides])
+    return explain(caught.value, CONFIG_DIR)
+
+
+def check(printed: str, fragments: tuple[str, ...], folder: Path) -> None:
+    assert "\n" not in printed
+    assert [fragment for fragment in fragments if fragment not in printed] == [], printed
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [pytest.param(row[0], row[1:], id=row[0].removeprefix(" ".join(TINY)).strip()) for row in REFUSED],
+)
+def test_bad_input_is_refused_in_one_line(
+    overrides: str,
+    fragments: tuple[str, ...],
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # main sets it: to be put back
+    monkeypatch.setattr(sys, "argv", ["pusht-act", *overrides.split(" ")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = left.value.code  # a text: Python then prints it on stderr and exits with 1
+    assert isinstance(printed, str)
+    assert printed.startswith("pusht-act: ")
+    check(printed, fragments, in_tmp)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [text for text in err.splitlines() if " INFO " not in text] == []
+
+
+def test_the_table_is_long() -> None:
+    assert len({row[0] for row in REFUSED}) == len(REFUSED) >= 60
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "dataset=demos demos.n_episodes=3 demos.mirror=true",
+        "mode=resume demos.n_episodes=3",
+        "mode=demos demos.n_episodes=3 demos.start_seed=3",
+        "wandb.enable=1 overwrite=0",
+    ],
+)
+def test_an_option_that_has_a_use_gets_past_the_checks_for_it(overrides: str, in_tmp: Path) -> None:
+    check(line(*overrides.split(" "), "steps=0"), ("steps=0 is too small",), in_tmp)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tpu"])
+def test_a_device_that_is_not_there_is_refused(device: str, in_tmp: Path) -> None:
+    check(line(*TINY, f"policy.device={device}"), (f"policy.device={device}", "policy.device=cpu", "auto"), in_tmp)
+
+
+def test_weights_that_cannot_be_downloaded_name_the_override(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(in_tmp.parent / "no-weights-here"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, wherever the test runs
+    weights = "policy.pretrained_backbone_weights=ResNet18_Weights.IMAGENET1K_V1"
+    printed = line(*TINY, "env=pusht", "dataset=demos", weights)
+    check(printed, (weights, "give policy.pretrained_backbone_weights=null"), in_tmp)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pusht_act.run([*TINY, f"output_dir={tmp_path_factory.mktemp('trained') / 'run'}"]).output_dir
+
+
+def test_a_run_directory_in_use_is_refused(trained: Path, in_tmp: Path) -> None:
+    files = sorted(trained.rglob("*"))
+    printed = line(*TINY, f"output_dir={trained}")
+    check(printed, (f"output_dir={trained}", "mode=resume", "job_name=", "overwrite=true"), in_tmp)
+    assert sorted(trained.rglob("*")) == files
+
+
+def test_the_working_directory_is_never_moved_aside(in_tmp: Path) -> None:
+    (in_tmp / "thesis.tex").touch()
+    for path in (".", "..", str(in_tmp)):
+        assert f"output_dir={path} is the working directory" in line(*TINY, f"output_dir={path}", "overwrite=true")
+    assert (in_tmp / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("steps", [4, 3])
+def test_a_resume_at_or_past_its_end_is_refused(steps: int, trained: Path, in_tmp: Path) -> None:
+    printed = line("mode=resume", f"output_dir={trained}", f"steps={steps}")
+    check(printed, (f"steps={steps}", "step 4", "steps="), in_tmp)
+
+
+def test_a_checkpoint_without_training_state_is_refused_on_resume_only(trained: Path, in_tmp: Path) -> None:
+    model = in_tmp / "downloaded"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).symlink_to(trained / "checkpoints" / "last" / "pretrained_model" / name)
+    printed = line("mode=resume", f"resume.path={model}", f"output_dir={in_tmp / 'run'}")
+    assert "training_step.json" in printed
+    assert "give a checkpoint that a training run wrote" in printed
+    assert not (in_tmp / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["policy.hidden_dim=256"],
+        ["policy.n_action_steps=200"],
+        ["policy=act_smal"],
+        ["mode=resume"],
+        tiny_command("dataset=pusht_keypoints", "dataset.root=/nowhere"),
+    ],
+    ids=lambda overrides: overrides[-1],
+)
+def test_the_command_prints_one_line_and_exits_with_1(overrides: list[str], in_tmp: Path) -> None:
+    done = command(*overrides, cwd=in_tmp)
+    lines = [text for text in done.stderr.splitlines() if " INFO " not in text]
+    assert done.returncode == 1
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("pusht-act: ")
+    assert done.stdout == ""
+    assert list(in_tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize("overrides", [["policy.hidden_dim=256"], ["policy.n_action_steps=200"]])
+def test_the_traceback_is_shown_on_request(overrides: list[str], in_tmp: Path) -> None:
+    done = command(*overrides, cwd=in_tmp, environment={"HYDRA_FULL_ERROR": "1"})
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_a_bad_job_of_a_sweep_ends_in_one_line(in_tmp: Path) -> None:
+    done = command("-m", "steps=0,0", cwd=in_tmp)
+    assert done.returncode == 1
+    reason = "steps=0 is too small: give 1 or more"
+    assert done.stderr.splitlines()[-1] == f"pusht-act: 2 of 2 jobs are not done (job 0: {reason})"
+    assert "Traceback" not in done.stderr

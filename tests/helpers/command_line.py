@@ -1,0 +1,17 @@
+"""The command in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def command(*arguments: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pusht_act", *arguments],
+        cwd=cwd,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )

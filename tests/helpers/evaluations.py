@@ -1,0 +1,89 @@
+"""Evaluations that come late or are killed."""
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pusht_act.evaluation.evaluate import Evaluation
+from pusht_act.training import async_evaluation as evaluations
+from pusht_act.training import train_step as step_module
+from tests.helpers.training import metrics
+from tests.training.test_async_evaluation import REWARDS
+
+OPTIONS = ["steps=8", "eval_freq=2", "save_freq=3", "env.episode_length=40", "policy.optimizer_lr=1e-2"]
+
+
+class Killed(BaseException):
+    """As a signal, no error of the program's."""
+
+
+class Late:
+    """The result of a background evaluation comes after `lag` steps, to the step; training is killed before `kills`."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.lag, self.kills = 0, set[int]()
+        self.threads: list[str] = []
+        self.steps_meanwhile: list[int] = []
+        self._step, self._asked = 0, 0
+        self._open, self._done = threading.Event(), threading.Event()
+        self._evaluate, self._train_step = evaluations.evaluate, step_module.train_step
+        patch.setattr(evaluations, "evaluate", self.evaluate)
+        patch.setattr(step_module, "train_step", self.train_step)
+        patch.setattr(evaluations.Evaluations, "_start", self.starting(evaluations.Evaluations._start))
+
+    def starting(self, start: Any) -> Any:
+        def started(evaluations: Any, step: int, policy: Any) -> None:
+            self._asked = step
+            self._open.clear()
+            self._done.clear()
+            start(evaluations, step, policy)
+
+        return started
+
+    def evaluate(self, policy: Any, processors: Any, *arguments: Any, **options: Any) -> Evaluation:
+        self.processors = processors
+        here = threading.current_thread()
+        self.threads.append(here.name)
+        if here is not threading.main_thread() and self.lag:
+            self._open.wait(10)
+        self.steps_meanwhile.append(self._step - self._asked)
+        try:
+            evaluation = self._evaluate(policy, processors, *arguments, **options)
+        finally:
+            self._done.set()
+        reward = REWARDS.get(self._asked, 0.0)
+        return replace(evaluation, episodes=[replace(each, max_reward=reward) for each in evaluation.episodes])
+
+    def train_step(self, objects: Any, *arguments: Any) -> Any:
+        self.of_training = objects.processors
+        states = list(objects.optimizer.state.values())
+        step = int(states[0]["step"]) + 1 if states else 1
+        if step in self.kills:
+            self.kills.remove(step)
+            self._open.set()
+            raise Killed
+        values = self._train_step(objects, *arguments)
+        self._step = step
+        if self._asked and step >= self._asked + self.lag:
+            self._open.set()
+            if self.lag < 2:  # the evaluation after two steps waits for the one before itself
+                self._done.wait(10)
+        return values
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a run leaves behind but times and the order of lines."""
+    folder = run / "checkpoints"
+    state = json.loads((folder / "last/training_state/pusht_act.json").read_text())
+    return {
+        "metrics": sorted((line["step"], sorted(line.items())) for line in metrics(run, "")),
+        "episodes": {path.parent.name: path.read_text() for path in run.glob("eval/*/episodes.csv")},
+        "checkpoints": sorted(path.name for path in folder.iterdir()),
+        "best": (folder / "best").resolve().name,
+        "last": (folder / "last").resolve().name,
+        "state": {key: state[key] for key in ("step", "best", "pending")},
+    }

@@ -1,0 +1,52 @@
+"""Comparing runs bit by bit, and small policies."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.policies.act.configuration_act import ACTConfig
+
+from pusht_act.data.cache import FrameDataset
+from pusht_act.data.dataset import policy_features
+from tests.training.test_trainer import state_files
+
+
+def act(frames: FrameDataset, **options: Any) -> ACTConfig:
+    inputs, outputs = policy_features(frames)
+    return ACTConfig(
+        device="cpu",
+        input_features=inputs,
+        output_features=outputs,
+        pretrained_backbone_weights=None,
+        chunk_size=10,
+        n_action_steps=10,
+        dim_model=32,
+        n_heads=4,
+        dim_feedforward=64,
+        n_encoder_layers=1,
+        n_vae_encoder_layers=1,
+        **options,
+    )
+
+
+def assert_same_bits(a: Path, b: Path, processes: int = 1) -> None:
+    first, second = state_files(a, processes), state_files(b, processes)
+    assert first.keys() == second.keys()
+    for name, tensors in first.items():
+        assert tensors.keys() == second[name].keys()
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, second[name][key]), (name, key)
+
+
+def metrics(run: Path, prefix: str = "train/") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timings = ("_s", "samples_per_s")
+    return [
+        {k: v for k, v in line.items() if not k.endswith(timings)}
+        for line in lines
+        if any(key.startswith(prefix) for key in line)
+    ]
+
+
+NORMALIZED = "+policy.normalization_mapping={VISUAL: MEAN_STD, STATE: MEAN_STD, ENV: MEAN_STD, ACTION: MEAN_STD}"

@@ -1,0 +1,58 @@
+"""A W&B server of the test's own."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from pusht_act.runs import loggers as metrics_module
+from tests.helpers.wandb import forget_settings
+from tests.runs.test_services import ANSWER, HOLD_S
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A W&B server that takes runs in until it is `broken`: then it says nothing more, or only 500."""
+
+    daemon_threads = True
+    broken: str | None = None
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
+        self.closing = threading.Event()
+
+    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            said = self.rfile.read(int(self.headers.get("content-length", 0)))
+            broken = self.server.broken  # type: ignore[attr-defined]
+            if broken == "hangs":
+                self.server.closing.wait(HOLD_S)  # type: ignore[attr-defined]
+                return
+            asked = json.loads(said).get("variables", {}) if self.path == "/graphql" else {}
+            body = json.dumps(ANSWER).replace("RUN", asked.get("name") or "").encode()
+            self.send_response(500 if broken else 200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+
+@pytest.fixture
+def server(nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Logged in there."""
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(metrics_module, "WANDB_FINISH_S", 3.0)
+    forget_settings(monkeypatch)
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()

@@ -1,0 +1,251 @@
+"""Metrics: windows whose means survive a checkpoint, metrics.jsonl after a crash, W&B that is never in the way."""
+
+import http.server
+import json
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pusht_act
+from pusht_act.runs.loggers import JsonlLogger, Metrics
+from pusht_act.runs.run_dir import RunDir
+from pusht_act.training.metrics import MetricAccumulator
+from tests.helpers.runs import TINY
+from tests.helpers.wandb import config, forget_settings, history, lines, records
+
+LOSSES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
+
+
+@given(losses=LOSSES, data=st.data())
+def test_means_do_not_depend_on_where_a_checkpoint_was_taken(losses: list[float], data: st.DataObject) -> None:
+    whole, broken, finite = MetricAccumulator(), MetricAccumulator(), []
+    stop = data.draw(st.integers(0, len(losses)))
+    for step, loss in enumerate(losses):
+        if step == stop:
+            broken = MetricAccumulator(json.loads(json.dumps(broken.sums())))
+        skipped = data.draw(st.booleans())
+        finite += [] if skipped else [loss]
+        for window in (whole, broken):
+            values = {"loss": torch.tensor(torch.nan if skipped else loss), "dataloading_s": loss / 7}
+            window.add(values, torch.tensor(float(skipped)))
+    assert broken.means() == whole.means()  # to the bit: a resumed run repeats its log
+    assert whole.means().get("skipped", 0) == len(losses) - len(finite)
+    if finite:
+        assert whole.means()["loss"] == pytest.approx(sum(finite) / len(finite), rel=1e-4, abs=1)
+
+
+def test_an_empty_window_has_no_means() -> None:
+    assert MetricAccumulator().means() == {}
+
+
+@pytest.mark.parametrize("skipped", [0.0, 1.0])
+def test_a_window_of_skipped_steps_has_their_number_alone(skipped: float) -> None:
+    window = MetricAccumulator()
+    for _ in range(3):
+        window.add({"loss": torch.tensor(torch.nan if skipped else 2.0)}, torch.tensor(skipped))
+    assert window.means() == ({"skipped": 3.0} if skipped else {"loss": 2.0})
+    assert window.newly_skipped() == 3 * skipped
+    assert window.newly_skipped() == 0
+    window.add({"loss": torch.tensor(torch.nan)}, torch.tensor(1.0))
+    resumed = MetricAccumulator(window.sums())
+    assert window.newly_skipped() == 1
+    resumed.add({"loss": torch.tensor(torch.nan)}, torch.tensor(1.0))
+    assert resumed.newly_skipped() == 1, "those before are counted in TrainerState"
+
+
+def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    sink = JsonlLogger(tmp_path / "run" / "metrics.jsonl", resumed_at=0)
+    sink.log({"train/loss": 0.5}, 200)
+    assert lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 200, "train/loss": 0.5}]
+    sink.close()
+
+
+@given(steps=st.lists(st.integers(1, 30)).map(sorted), resumed_at=st.integers(0, 30), torn=st.integers(0, 40))
+def test_a_resume_drops_what_it_will_write_again_and_a_torn_line(
+    steps: list[int], resumed_at: int, torn: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    whole = [json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in steps]
+    last = json.dumps({"step": 31, "train/loss": 1.0})
+    path.write_text("".join(whole) + last[: min(torn, len(last) - 1)])
+    JsonlLogger(path, resumed_at).close()
+    assert [line["step"] for line in lines(path)] == [step for step in steps if step <= resumed_at]
+
+
+def test_a_resume_drops_the_evaluation_that_it_does_again_and_nothing_else_of_its_step(tmp_path: Path) -> None:
+    sink = JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=0)
+    logged = [(1, "eval/pc_success"), (2, "train/loss"), (2, "eval/loss"), (3, "train/loss"), (2, "eval/pc_success")]
+    for step, key in logged:
+        sink.log({key: 0.0}, step)
+    sink.close()
+    JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=3, pending=2).close()
+    assert [(line["step"], list(line)[1]) for line in lines(tmp_path / "metrics.jsonl")] == logged[:-1]
+
+
+@pytest.mark.parametrize(("resumed_at", "rollbacks", "kept"), [(4, 0, []), (4, 1, [1]), (9, 2, [1, 2]), (3, 1, [])])
+def test_a_resume_keeps_the_lines_of_roll_backs_that_its_checkpoint_knows_of(
+    resumed_at: int, rollbacks: int, kept: list[int], tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with Metrics(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
+        for step in range(1, 7):
+            metrics.log("train", {"loss": 0.5}, step)
+        metrics.rolled_back(4, None, number=1, diverged_at=7)
+        assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4]
+        metrics.rolled_back(4, None, number=2, diverged_at=8)
+        metrics.log("train", {"loss": 0.5}, 5)
+    JsonlLogger(path, resumed_at, None, rollbacks).close()
+    assert [line["rollback/number"] for line in lines(path) if "rollback/number" in line] == kept
+    assert [line["step"] for line in lines(path) if "train/loss" in line] == [1, 2, 3, 4, 5][:resumed_at]
+
+
+def test_bytes_that_a_power_cut_left_behind_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "train/loss": 1.0}\n{"step": 2, "tra\x00\x00\xff\xfe')
+    sink = JsonlLogger(path, resumed_at=5)
+    sink.log({"train/loss": 2.0}, 6)
+    sink.close()
+    assert [line["step"] for line in lines(path)] == [1, 6]
+
+
+def test_groups_name_the_metrics(tmp_path: Path) -> None:
+    with Metrics(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+        metrics.log("eval", {"pc_success": 10.0}, 1)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}, {"step": 1, "eval/pc_success": 10.0}]
+    assert not (tmp_path / "wandb").exists()
+
+
+def offline_runs(run: Path) -> list[Path]:
+    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def log_once(run: Path, *overrides: str) -> str | None:
+    with Metrics(config("wandb.enable=true", *overrides), RunDir(run), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+    return metrics.wandb_run_id
+
+
+def test_wandb_keeps_an_offline_run_and_a_resume_continues_it(tmp_path: Path, nobody: None) -> None:
+    run = tmp_path / "run"
+    first = pusht_act.run([*TINY, f"output_dir={run}", "wandb.enable=true", "wandb.mode=offline"])
+    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "wandb.enable=true"])
+    state = json.loads((run / "checkpoints" / "last" / "training_state" / "pusht_act.json").read_text())
+    files = offline_runs(run)
+    assert first.step == 4
+    assert len(files) == 2
+    assert {path.stem for path in files} == {f"run-{state['wandb_run_id']}"}
+    rows = [history(path) for path in files]
+    assert [[row["step"] for row in part if "train/loss" in row] for part in rows] == [[1, 2, 3, 4], [5, 6]]
+    logged = {row["step"]: row["train/loss"] for row in lines(run / "metrics.jsonl")}
+    assert {row["step"]: row["train/loss"] for part in rows for row in part} == logged
+
+
+def test_a_result_that_comes_late_is_drawn_at_its_own_step(tmp_path: Path, nobody: None) -> None:
+    logged = [("train", 2), ("train", 3), ("eval", 2), ("train", 4), ("eval", 4)]
+    with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
+        for group, step in logged:
+            metrics.log(group, {"value": float(step)}, step)
+    rows = [{key: value for key, value in row.items() if key[0] != "_"} for row in history(offline_runs(tmp_path)[0])]
+    assert rows == [{"step": step, f"{group}/value": step} for group, step in logged]
+    axes = {record.metric.glob_name or record.metric.name: record.metric.step_metric
+            for record in records(offline_runs(tmp_path)[0]) if record.HasField("metric")}  # fmt: skip
+    assert axes.items() >= {("train/*", "step"), ("eval/*", "step"), ("rollback/*", "step")}
+
+
+def test_a_resume_without_wandb_keeps_the_run_for_a_later_one(tmp_path: Path, nobody: None) -> None:
+    run = tmp_path / "run"
+    pusht_act.run([*TINY, f"output_dir={run}", "wandb.enable=true"])
+    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=5"])
+    assert len(offline_runs(run)) == 1
+    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "logging=wandb"])
+    assert len({path.stem for path in offline_runs(run)}) == 1
+
+
+@pytest.mark.parametrize("mode", ["null", "online"])
+def test_without_a_login_the_run_is_kept_offline_in_one_line(
+    mode: str, tmp_path: Path, nobody: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("INFO"):
+        log_once(tmp_path, f"wandb.mode={mode}")
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("pusht_act")]
+    assert len(said) == 1
+    assert "no login" in said[0]
+    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in said[0]
+    assert capfd.readouterr() == ("", "")  # and W&B itself says nothing
+    assert len(offline_runs(tmp_path)) == 1
+
+
+def test_a_server_out_of_reach_puts_the_run_offline_at_once(
+    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    forget_settings(monkeypatch)
+    with caplog.at_level("INFO"):
+        log_once(tmp_path)
+    assert "127.0.0.1:9 cannot be reached" in caplog.text
+    assert len(offline_runs(tmp_path)) == 1
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A W&B server that does not know the login."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_response(401)
+        self.end_headers()
+
+    do_GET = do_POST  # noqa: N815
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_login_that_is_refused_puts_the_run_offline(
+    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    forget_settings(monkeypatch)
+    with caplog.at_level("INFO"):
+        log_once(tmp_path)
+    server.shutdown()
+    server.server_close()
+    assert "the run is kept here" in caplog.text
+    assert len(offline_runs(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_wandb_can_be_disabled(how: str, tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "environment":
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert log_once(tmp_path, *(["wandb.mode=disabled"] if how == "option" else [])) is None
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_that_ends_in_an_exception_has_failed_in_wandb(failed: bool, tmp_path: Path, nobody: None) -> None:
+    with suppress(ValueError), Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None):
+        if failed:
+            raise ValueError("the loss became nan")
+    (exit_,) = [record.exit for record in records(offline_runs(tmp_path)[0]) if record.HasField("exit")]
+    assert exit_.exit_code == int(failed)
+
+
+def test_the_options_of_wandb_reach_its_run(tmp_path: Path, nobody: None) -> None:
+    log_once(tmp_path, "wandb.project=mine", "wandb.entity=lab", "wandb.notes=why", "job_name=named", "seed=77")
+    (run,) = [record.run for record in records(offline_runs(tmp_path)[0]) if record.HasField("run")]
+    assert (run.project, run.entity, run.notes, run.display_name) == ("mine", "lab", "why", "named")
+    assert run.job_type == "train_eval"
+    values = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (values["seed"], values["policy"]["dim_model"]) == (77, 512)
