@@ -31,9 +31,10 @@ from pusht_act.config.schema import TRAIN_MODES, Config, Mode, to_dict
 from pusht_act.config.validation import check_processes, check_share, to_config
 from pusht_act.runs.provenance import command_line, log_file, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
-from pusht_act.runtime.distributed import Lost, Word, size, tell, together, told
+from pusht_act.runtime.distributed import PeerLostError, Word, raise_on_any_rank, tell, told, world_size
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import Lock, locked
-from pusht_act.runtime.signals import Stopped, listening
+from pusht_act.runtime.signals import StopSignal, handle_signals
 
 if TYPE_CHECKING:
     from pusht_act.training.async_evaluation import Report
@@ -69,7 +70,7 @@ def run_job(
     """Do the job that `cfg` describes; its evaluations in training are told to `report`, which may end that early.
 
     Raises:
-        ValueError, OSError: the user's to mend; nothing was written.
+        UserError, OSError: the user's to mend; nothing was written.
     """
     check_overrides(cfg, overrides)
     checked = to_config(cfg)
@@ -77,7 +78,7 @@ def run_job(
         config, start = _resolve_config(cfg, overrides, choices)
         print(lerobot_command(config, start.model if start is not None else None))
         return Result(Path(cfg.output_dir))
-    check_processes(cfg.mode, cfg.train.profile, size())
+    check_processes(cfg.mode, cfg.train.profile, world_size())
     if cfg.mode is Mode.eval:
         return _evaluate(*_resolve_config(cfg, overrides, choices), overrides)
     if cfg.mode is Mode.demos:
@@ -91,14 +92,14 @@ def follow() -> None:
     """What every process of a job but the first does: it trains along, if there is something to train."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     logging.getLogger().setLevel(logging.WARNING)  # a launcher has configured it
-    with listening():
+    with handle_signals():
         _, (config, start) = told()
 
         import_policies()
         from pusht_act.config.lerobot import decode
         from pusht_act.training.worker_loop import set_up_together, train_along
 
-        with together():
+        with raise_on_any_rank():
             lerobot = decode(config)
         train_along(config, lerobot, set_up_together(config, lerobot, start))
 
@@ -116,7 +117,7 @@ def _resolve_config(
         check_safe_to_load(checkpoint.model)
         config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
         if _is_finished(checkpoint, config):
-            raise ValueError(
+            raise UserError(
                 f"steps={config.steps}: {checkpoint.directory} is at step {checkpoint.step} already; give more steps="
             )
         return config, checkpoint
@@ -152,7 +153,7 @@ def _train(
     again = config.mode is not Mode.resume and config.resume.auto
     if again and (start := auto_resume_checkpoint(config, run)) is not None and _is_finished(start, config):
         return _finished_result(config, run, start)
-    check_share(config.batch_size, size())
+    check_share(config.batch_size, world_size())
     _check_can_push(config)
     branches_off = start is None or start.run != run.path.resolve()
     if again and has_no_checkpoint_yet(run):
@@ -166,7 +167,7 @@ def _train(
     from pusht_act.training.worker_loop import set_up_together
 
     tell(Word.TRAIN, (config, start))
-    with together():
+    with raise_on_any_rank():
         lerobot = decode(config)
     record: dict[str, Any] = {"config": to_dict(config), "choices": choices}
     setup = dataclasses.replace(set_up_together(config, lerobot, start), report=report)
@@ -179,11 +180,11 @@ def _train(
             log.info("going on from %s", start.directory)
         try:
             training = train(config, lerobot, setup, run, record)
-        except Stopped as stopped:
+        except StopSignal as stopped:
             _print_how_to_resume(stopped, config, run, overrides)
             raise
-        except Lost as lost:
-            lost.told = True
+        except PeerLostError as lost:
+            lost.reported = True
             log.error("%s", lost)  # train.log has it, too
             raise
     evaluation = training.evaluation
@@ -212,9 +213,9 @@ def _finished_result(config: Config, run: RunDir, checkpoint: Checkpoint) -> Res
     return Result(run.path, checkpoint.step, run.metrics_of(checkpoint.step), checkpoint.directory)
 
 
-def _print_how_to_resume(stopped: Stopped, config: Config, run: RunDir, overrides: list[str]) -> None:
+def _print_how_to_resume(stopped: StopSignal, config: Config, run: RunDir, overrides: list[str]) -> None:
     """In a line, which train.log has too."""
-    stopped.told = True
+    stopped.reported = True
     if stopped.checkpoint is None:
         log.warning("%s, no checkpoint was written", stopped)
         return

@@ -20,8 +20,9 @@ from pusht_act.config.schema import Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.config.validation import to_config
 from pusht_act.job import Result, follow, run_job
-from pusht_act.runtime.distributed import Lost, processes, size
-from pusht_act.runtime.signals import Stopped, in_charge, listening
+from pusht_act.runtime.distributed import PeerLostError, distributed_context, world_size
+from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.signals import StopSignal, handle_signals, handling_signals
 from pusht_act.sweeps.joblib_workers import stopping
 from pusht_act.sweeps.pruning import reporter
 from pusht_act.sweeps.report import sweep_summary
@@ -31,7 +32,7 @@ from pusht_act.sweeps.sweep import expand_resume_args, run_sweep_job
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONFIG_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
-USER_ERRORS = (HydraException, OmegaConfBaseException, ValueError, OSError)
+USER_ERRORS = (HydraException, OmegaConfBaseException, UserError, OSError)
 WANT_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
 register()
 
@@ -42,7 +43,7 @@ def _task(cfg: DictConfig) -> Any:
     try:
         if stopping():
             return None
-        with processes(USER_ERRORS) as leads:
+        with distributed_context(USER_ERRORS) as leads:
             if not leads:
                 follow()
                 return None
@@ -53,11 +54,11 @@ def _task(cfg: DictConfig) -> Any:
         if WANT_TRACEBACK:
             raise
         _exit(error)  # from here: Hydra would print a line of its own above ours
-    except (Stopped, Lost) as stopped:
-        if in_charge():  # that of `main`, where it ends a sweep too
+    except (StopSignal, PeerLostError) as stopped:
+        if handling_signals():  # that of `main`, where it ends a sweep too
             raise
         # A process of a launcher's: what it does about the signal, such as to have the job queued again, is its own.
-        if isinstance(stopped, Stopped):
+        if isinstance(stopped, StopSignal):
             signal.raise_signal(stopped.signal)
         if stopping():
             return None
@@ -68,8 +69,8 @@ def run(overrides: list[str]) -> Result:
     """Do what `pusht-act OVERRIDES` does, from Python, and return its result.
 
     Raises:
-        ValueError, OSError: what the command line prints as one line.
-        Stopped: by a signal, such as Ctrl-C; no `Exception`.
+        UserError, OSError: what the command line prints as one line.
+        StopSignal: by a signal, such as Ctrl-C; no `Exception`.
     """
     from hydra import compose, initialize_config_dir
 
@@ -88,7 +89,7 @@ def _execute(cfg: DictConfig, hydra_node: Any) -> Result:
     if hydra_node.mode is RunMode.MULTIRUN and not any(o.startswith("output_dir=") for o in overrides):
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
         cfg.output_dir = hydra_node.runtime.output_dir
-    with listening():
+    with handle_signals():
         if cfg.mode is Mode.status:
             return _show_status(cfg, overrides)
         return run_job(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node))
@@ -107,17 +108,17 @@ def main() -> None:
     """The command `pusht-act`."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line printed is ours
     try:
-        with listening(), processes(USER_ERRORS) as leads:
+        with handle_signals(), distributed_context(USER_ERRORS) as leads:
             if leads:
                 _lead()
             else:
                 follow()
-    except Stopped as stopped:
-        if not stopped.told:
+    except StopSignal as stopped:
+        if not stopped.reported:
             print(f"pusht-act: {stopped}", file=sys.stderr)
         _leave(stopped.code)
-    except Lost as lost:
-        if not lost.told:
+    except PeerLostError as lost:
+        if not lost.reported:
             print(f"pusht-act: {lost}", file=sys.stderr)
         _leave(1)
     except KeyboardInterrupt:
@@ -132,10 +133,10 @@ def _lead() -> None:
     """The command's arguments, and the job or the sweep that they describe."""
     for argument in sys.argv[1:]:  # before Hydra: it would write a sweep's, and show what it cannot read
         refuse_tokens(*argument.partition("=")[::2])
-    if size() > 1 and not {"-m", "--multirun"}.isdisjoint(sys.argv):
-        raise ValueError(
-            f"-m begins jobs from one process, and these are {size()}: give it without torchrun, and "
-            f"hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node={size()} for jobs of several processes"
+    if world_size() > 1 and not {"-m", "--multirun"}.isdisjoint(sys.argv):
+        raise UserError(
+            f"-m begins jobs from one process, and these are {world_size()}: give it without torchrun, and "
+            f"hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node={world_size()} for jobs of several processes"
         )
     sys.argv[1:] = expand_resume_args(sys.argv[1:])
     with sweep_summary():

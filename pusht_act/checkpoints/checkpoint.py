@@ -12,6 +12,7 @@ from pathlib import Path
 from pusht_act.checkpoints.manifest import MANIFEST, find_corruption, verify_manifest
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,12 @@ class Checkpoint:
         """The optimizer step it was written at.
 
         Raises:
-            ValueError: there is no training state, so it can be evaluated but not resumed.
+            UserError: there is no training state, so it can be evaluated but not resumed.
         """
         try:
             return int(json.loads((self.training / "training_step.json").read_text())["step"])
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory} has no readable training_state/training_step.json, so nothing can be resumed from "
                 "it: give a checkpoint that a training run wrote"
             ) from error
@@ -91,10 +92,10 @@ def verify(checkpoint: Checkpoint, key: str, files: tuple[str, ...]) -> None:
     """A checkpoint that the user has named is the one written, in those of its `files` that are needed, or refused.
 
     Raises:
-        ValueError: a file is missing or damaged; `key` names the option in the message.
+        UserError: a file is missing or damaged; `key` names the option in the message.
     """
     if checkpoint.model.name == "pretrained_model" and (wrong := verify_manifest(checkpoint.directory, files)):
-        raise ValueError(
+        raise UserError(
             f"{key}: {checkpoint.directory}/{wrong}; give another checkpoint "
             f"(or delete its {MANIFEST} if you changed the file yourself)"
         )
@@ -129,11 +130,11 @@ def last_checkpoint(
 
     Raises:
         FileNotFoundError: nothing to resume.
-        ValueError: there are checkpoints, none of them sound.
+        UserError: there are checkpoints, none of them sound.
     """
     sound, wrong = latest_valid(run, most)
     if sound is None and wrong:
-        raise ValueError(f"no checkpoint in {run.checkpoints} is sound ({'; '.join(wrong)}): {remedy}")
+        raise UserError(f"no checkpoint in {run.checkpoints} is sound ({'; '.join(wrong)}): {remedy}")
     if sound is not None:
         if wrong:
             log.warning("%s; going on from step %d instead, %s", "; ".join(wrong), sound.step, sound.directory)

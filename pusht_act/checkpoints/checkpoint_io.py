@@ -46,7 +46,8 @@ from pusht_act.checkpoints.retention import mark_deleted, remove_temp_files, res
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.policy.act import Processors
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runtime.distributed import Word, gathered, rank, tell
+from pusht_act.runtime.distributed import Word, gather_to_main, rank, tell
+from pusht_act.runtime.errors import UserError
 
 MARGIN = 1_000_000
 """Bytes of a checkpoint beside its tensors, generously."""
@@ -123,7 +124,7 @@ def rng_states() -> list[dict[str, Tensor]]:
     """The states of every process's random streams, at process 0; the others, when they are told to, hand theirs in."""
     if rank() == 0:
         tell(Word.RANDOM)
-    return gathered(flatten_dict(serialize_rng_state()))
+    return gather_to_main(flatten_dict(serialize_rng_state()))
 
 
 def save(
@@ -208,7 +209,7 @@ def load(checkpoint: Checkpoint, objects: TrainComponents) -> TrainerState:
     """Load optimizer, scheduler and random streams in place, and return the loop's state.
 
     Raises:
-        ValueError: a file is missing or damaged.
+        UserError: a file is missing or damaged.
     """
     try:
         # A run begun without a schedule has none to load: a schedule given on resume starts afresh.
@@ -221,14 +222,14 @@ def load(checkpoint: Checkpoint, objects: TrainComponents) -> TrainerState:
         return TrainerState(step=step, wandb_run_id=(train_config.get("wandb") or {}).get("run_id"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{checkpoint.training} is missing or damaged ({reason}): resume from another one") from error
+        raise UserError(f"{checkpoint.training} is missing or damaged ({reason}): resume from another one") from error
 
 
 def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
     """Load the random streams that `process`, not the first, had; False where the checkpoint has none of it.
 
     Raises:
-        ValueError: their file is damaged.
+        UserError: their file is damaged.
     """
     path = checkpoint.training / _random_of(process)
     if not path.exists():
@@ -236,7 +237,7 @@ def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
     try:
         deserialize_rng_state(unflatten_dict(load_file(path)))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}): resume from another checkpoint") from error
+        raise UserError(f"{path} is damaged ({error}): resume from another checkpoint") from error
     return True
 
 

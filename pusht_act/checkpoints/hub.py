@@ -9,6 +9,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from pusht_act.config.schema import EMBEDDED_REPO_ID, Config
 from pusht_act.runs.provenance import package_versions
+from pusht_act.runtime.errors import UserError
 
 MODEL_FILES = ("*.json", "*.safetensors")
 """Weights and configuration; never a pickle."""
@@ -36,21 +37,21 @@ def check_can_push(repo_id: str | None, section: str = "policy") -> None:
     """Refuse before hours of work what would fail after them; `section` has the keys push_to_hub and repo_id.
 
     Raises:
-        ValueError: no token, or a repo_id nobody has chosen.
+        UserError: no token, or a repo_id nobody has chosen.
     """
     if repo_id is None or repo_id.startswith("YOUR_PROJECT_NAME/"):
-        raise ValueError(
+        raise UserError(
             f"{section}.push_to_hub=true needs a place to push to: give {section}.repo_id=USER/NAME or set "
             "YOUR_PROJECT_NAME"
         )
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(
+        raise UserError(
             f"{section}.repo_id={repo_id} is no name on the Hub: give {section}.repo_id=USER/NAME"
         ) from error
     if get_token() is None:
-        raise ValueError(f"{section}.push_to_hub=true needs a Hub token: log in with `hf auth login` or set HF_TOKEN")
+        raise UserError(f"{section}.push_to_hub=true needs a Hub token: log in with `hf auth login` or set HF_TOKEN")
 
 
 def push(config: Config, checkpoint: Path, metrics: dict[str, float], command: str) -> str:

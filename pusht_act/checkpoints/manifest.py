@@ -8,6 +8,8 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pusht_act.runtime.errors import UserError
+
 MANIFEST = "manifest.json"
 """Beside a checkpoint's two folders: {"pretrained_model/config.json": {"size": bytes, "sha256": hex}, ...}."""
 EVAL_FILES = ("pretrained_model/", "training_state/training_step.json")
@@ -96,12 +98,12 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     """Names, shapes and places of the tensors in a file, which are not read.
 
     Raises:
-        ValueError: there is no such header.
+        UserError: there is no such header.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= path.stat().st_size:
-            raise ValueError(f"a header of {length} bytes")
+            raise UserError(f"a header of {length} bytes")
         header: dict[str, Any] = json.loads(file.read(length))
     return header
 

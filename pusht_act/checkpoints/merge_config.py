@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.config.overrides import parse_overrides
 from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS
+from pusht_act.runtime.errors import UserError
 
 CLI_ONLY_KEYS = {
     *("mode", "steps", "output_dir", "overwrite", "print_lerobot_command", "checkpoint", "dir", "resume", "sweep"),
@@ -37,7 +38,7 @@ def merge_checkpoint_config(
     """`cfg`, composed by the present command, with the checkpoint's configuration where that is the checkpoint's.
 
     Raises:
-        ValueError: a group is chosen anew that the checkpoint has fixed, or its configuration cannot be read.
+        UserError: a group is chosen anew that the checkpoint has fixed, or its configuration cannot be read.
     """
     saved, saved_choices = _saved(checkpoint, resume)
     merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # plain: a typed node refuses a dict
@@ -55,7 +56,7 @@ def merge_checkpoint_config(
                 _check_choice(key, choices.get(key), saved_choices, checkpoint)
         elif key not in choices:
             if override.is_delete():
-                raise ValueError(f"~{key}: a checkpoint's configuration has it; give {key}=VALUE")
+                raise UserError(f"~{key}: a checkpoint's configuration has it; give {key}=VALUE")
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
     return merged
 
@@ -63,7 +64,7 @@ def merge_checkpoint_config(
 def _check_choice(group: str, choice: str | None, saved: dict[str, str | None], checkpoint: Checkpoint) -> None:
     if group not in saved or saved[group] != choice:
         made = f" ({group}={saved[group]})" if group in saved else ""
-        raise ValueError(
+        raise UserError(
             f"{group}={choice}: the checkpoint {checkpoint.directory} brings its own{made}; "
             f"give single values instead, such as {group}.NAME=VALUE"
         )
@@ -83,11 +84,11 @@ def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[s
     policy = _read_json(checkpoint.model / "config.json")
     assert policy is not None, "find_checkpoint has seen config.json"
     if policy.get("type") != "act":
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.model} holds a policy of type {policy.get('type')}: this project trains and evaluates act"
         )
     if policy.get("use_peft"):
-        raise ValueError(f"{checkpoint.model} holds an adapter (use_peft), which is not trained here")
+        raise UserError(f"{checkpoint.model} holds an adapter (use_peft), which is not trained here")
     del_keys = ("pretrained_path", "pretrained_revision", "use_peft")
     return {**config, "policy": {k: v for k, v in policy.items() if k not in del_keys} | rates}, choices
 
@@ -96,12 +97,12 @@ def _check_resumable(train: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Refuse what stock trains in ways of its own, which going on here would change unseen."""
     dataset, optimizer = train.get("dataset") or {}, train.get("optimizer") or {}
     if dataset.get("streaming") or (dataset.get("image_transforms") or {}).get("enable"):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.model}: its data set was streamed or augmented (dataset.streaming, "
             "dataset.image_transforms), which this project does not do"
         )
     if optimizer.get("type", "adamw") != "adamw":
-        raise ValueError(f"{checkpoint.model} was trained with {optimizer['type']}, which this project does not use")
+        raise UserError(f"{checkpoint.model} was trained with {optimizer['type']}, which this project does not use")
 
 
 def _from_stock(train: dict[str, Any]) -> dict[str, Any]:
@@ -132,5 +133,5 @@ def _read_json(path: Any) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): give another checkpoint") from error
+        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from error
     return content

@@ -16,6 +16,7 @@ from pusht_act.checkpoints.manifest import ALL_FILES
 from pusht_act.config.overrides import flatten
 from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS, Config, Mode, to_dict
 from pusht_act.runs.run_dir import RunDir, ensure_unused
+from pusht_act.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
     """The checkpoint from which mode=resume goes on in `output_dir`.
 
     Raises:
-        ValueError: it is damaged, or its run has gone on.
+        UserError: it is damaged, or its run has gone on.
         FileNotFoundError: there is none.
         FileExistsError: it is another run's, and `output_dir` is in use.
     """
@@ -51,7 +52,7 @@ def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
     if checkpoint.run == output_dir.resolve():
         last, _ = latest_valid(RunDir(output_dir))
         if last is not None and last.step > checkpoint.step:
-            raise ValueError(
+            raise UserError(
                 f"resume.path={cfg.resume.path} is at step {checkpoint.step}, its run went on to {last.step}: "
                 "give output_dir=NEW to branch off, or leave resume.path out to go on from the last"
             )
@@ -64,7 +65,7 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
     """The checkpoint from which resume.auto goes on in `run`; None to begin afresh: there is none, or may be moved.
 
     Raises:
-        ValueError: it is of another configuration, none is sound, or mode=resume has gone on with it in its own way.
+        UserError: it is of another configuration, none is sound, or mode=resume has gone on with it in its own way.
     """
     if not run.has_checkpoints():
         return None
@@ -76,13 +77,13 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
     if was.get("mode") not in (Mode.test.value, Mode.full.value):
         if config.overwrite:
             return None
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.directory} was not written by mode=test or mode=full, so resume.auto=true cannot tell "
             "whether it is the same run: go on with mode=resume, or give another output_dir= or job_name="
         )
     differing = [f"{key}: was {old}, now {new}" for key, old, new in _differences(was, config, RESULT_NEUTRAL_KEYS)]
     if differing and not config.overwrite:
-        raise ValueError(
+        raise UserError(
             f"output_dir={run.path} holds another run, so resume.auto=true cannot go on with it "
             f"({'; '.join(differing)}): give the same values, another output_dir= or job_name=, or overwrite=true"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from pusht_act.checkpoints.manifest import safetensors_header
 from pusht_act.config.schema import METADATA_FILE
+from pusht_act.runtime.errors import UserError
 
 STEPS = (
     *("rename_observations_processor", "to_batch_processor", "device_processor", "normalizer_processor"),
@@ -33,12 +34,12 @@ def check_safe_to_load(model: Path) -> None:
     """Refuse a model folder that asks for anything but numbers to be loaded; what is merely missing is left to others.
 
     Raises:
-        ValueError: naming the file and what it asks for.
+        UserError: naming the file and what it asks for.
     """
     weights = model / "model.safetensors"
     pickles = sorted(path.name for path in model.iterdir() if path.suffix in PICKLES)
     if pickles and not weights.exists():
-        raise ValueError(
+        raise UserError(
             f"{model} has its weights in {pickles[0]}, a pickle, which can run any code and is never read: "
             "give a checkpoint with model.safetensors"
         )
@@ -49,7 +50,7 @@ def check_safe_to_load(model: Path) -> None:
             _check_sections(model / name, content)
     policy = _read(model / "config.json")
     if policy.get("type") != "act":
-        raise ValueError(f"{model} holds a policy of type {policy.get('type')}: this project trains and evaluates act")
+        raise UserError(f"{model} holds a policy of type {policy.get('type')}: this project trains and evaluates act")
     if weights.is_file():
         _check_sizes(model / "config.json", policy, weights)
     for path in (model / "policy_preprocessor.json", model / "policy_postprocessor.json"):
@@ -61,12 +62,12 @@ def _read(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError("no file of a plausible size")
+            raise UserError("no file of a plausible size")
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): give another checkpoint") from error
+        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (no JSON object): give another checkpoint")
+        raise UserError(f"{path} is damaged (no JSON object): give another checkpoint")
     return content
 
 
@@ -79,17 +80,17 @@ def _check_sections(path: Path, content: dict[str, Any]) -> None:
             sections |= {key: inner.get(key) or {} for key in SECTIONS}
     for key, value in sections.items():
         if not isinstance(value, dict):
-            raise ValueError(f"{path} is damaged ({key} is no section): give another checkpoint")
+            raise UserError(f"{path} is damaged ({key} is no section): give another checkpoint")
 
 
 def _check_plain(path: Path, content: dict[str, Any]) -> None:
     """Nothing that OmegaConf or Hydra would evaluate, such as ${oc.env:HF_TOKEN}."""
     for key, value in _items(content):
         if key in HYDRA_KEYS:
-            raise ValueError(f"{path} has the key {key}, which names something to run: give another checkpoint")
+            raise UserError(f"{path} has the key {key}, which names something to run: give another checkpoint")
         for text in (key, value):
             if isinstance(text, str) and "${" in text:
-                raise ValueError(f"{path}: {key}={text[:60]!r} asks to be evaluated: give another checkpoint")
+                raise UserError(f"{path}: {key}={text[:60]!r} asks to be evaluated: give another checkpoint")
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
@@ -119,7 +120,7 @@ def _check_sizes(path: Path, policy: dict[str, Any], weights: Path) -> None:
             continue
         floats = value * width * (width if key.endswith("_layers") else 1) if isinstance(width, int) else 0
         if 4 * floats > stored:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key}={value} does not fit the {stored} bytes of model.safetensors: give another checkpoint"
             )
 
@@ -127,21 +128,21 @@ def _check_sizes(path: Path, policy: dict[str, Any], weights: Path) -> None:
 def _check_steps(path: Path) -> None:
     steps = _read(path).get("steps")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise ValueError(f"{path} is damaged (no list of steps): give another checkpoint")
+        raise UserError(f"{path} is damaged (no list of steps): give another checkpoint")
     for step in steps:
         name = step.get("registry_name")
         if "class" in step:
-            raise ValueError(
+            raise UserError(
                 f"{path} names a class to import ({str(step['class'])[:60]}), which is never done: "
                 "give a checkpoint whose processors are LeRobot's own"
             )
         if name not in STEPS:
-            raise ValueError(
+            raise UserError(
                 f"{path}: a step {str(name)[:60]} is none of those that LeRobot makes for ACT ({', '.join(STEPS)}): "
                 "give another checkpoint"
             )
         file = step.get("state_file", "x.safetensors")
         if not isinstance(file, str) or not STATE_FILE.fullmatch(file):
-            raise ValueError(
+            raise UserError(
                 f"{path}: state_file={file!r:.60} is no .safetensors file of this folder: give another checkpoint"
             )

@@ -26,6 +26,7 @@ from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.act.configuration_act import ACTConfig
 
 from pusht_act.config.schema import Config
+from pusht_act.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def decode(config: Config) -> LeRobotConfig:
     """Decode LeRobot's sections of `config`.
 
     Raises:
-        ValueError: naming the section's key, its value and the reason LeRobot gives.
+        UserError: naming the section's key, its value and the reason LeRobot gives.
     """
     policy = decode_policy(config.policy)
     return LeRobotConfig(
@@ -86,26 +87,26 @@ def decode_policy(section: dict[str, Any]) -> ACTConfig:
 def _check_architecture(policy: ACTConfig) -> None:
     """What torch and torchvision object to when ACT is made, without naming the key."""
     if policy.dim_model % policy.n_heads:
-        raise ValueError(
+        raise UserError(
             f"policy.dim_model={policy.dim_model} is not a multiple of policy.n_heads={policy.n_heads}: "
             f"give policy.dim_model={policy.dim_model // policy.n_heads * policy.n_heads or policy.n_heads}, say"
         )
     if missing := [kind for kind in ("VISUAL", "STATE", "ACTION") if kind not in policy.normalization_mapping]:
-        raise ValueError(
+        raise UserError(
             f"policy.normalization_mapping={dict(policy.normalization_mapping)} says nothing of {', '.join(missing)}, "
             "which would stay as they are: give all of VISUAL, STATE, ENV, ACTION"
         )
     if policy.feedforward_activation not in ACTIVATIONS:
-        raise ValueError(
+        raise UserError(
             f"policy.feedforward_activation={policy.feedforward_activation} is unknown: give {', '.join(ACTIVATIONS)}"
         )
     if not 0 <= policy.dropout < 1:
-        raise ValueError(f"policy.dropout={policy.dropout} is no share: give one from 0 up to, not including, 1")
+        raise UserError(f"policy.dropout={policy.dropout} is no share: give one from 0 up to, not including, 1")
     if policy.vision_backbone not in (backbones := torchvision.models.list_models(include="resnet*")):
-        raise ValueError(f"policy.vision_backbone={policy.vision_backbone} is unknown: give {', '.join(backbones)}")
+        raise UserError(f"policy.vision_backbone={policy.vision_backbone} is unknown: give {', '.join(backbones)}")
     weights = [str(weights) for weights in torchvision.models.get_model_weights(policy.vision_backbone)]
     if policy.pretrained_backbone_weights not in (None, *weights, *(name.split(".")[1] for name in weights)):
-        raise ValueError(
+        raise UserError(
             f"policy.pretrained_backbone_weights={policy.pretrained_backbone_weights} is not of "
             f"policy.vision_backbone={policy.vision_backbone}: give {', '.join(weights)} or null"
         )
@@ -116,11 +117,11 @@ def decode_env(section: dict[str, Any]) -> PushtEnv:
     _refuse("env", section, ENV_REFUSED)
     env = _decode("env", EnvConfig, section)
     if not isinstance(env, PushtEnv):
-        raise ValueError(f"env.type={section.get('type')} is not evaluated here: give env.type=pusht")
+        raise UserError(f"env.type={section.get('type')} is not evaluated here: give env.type=pusht")
     if env.task != PushtEnv.task:
-        raise ValueError(f"env.task={env.task} is not in gym-pusht: give env.task={PushtEnv.task}")
+        raise UserError(f"env.task={env.task} is not in gym-pusht: give env.task={PushtEnv.task}")
     if env.obs_type not in ("pixels_agent_pos", "environment_state_agent_pos"):
-        raise ValueError(
+        raise UserError(
             f"env.obs_type={env.obs_type} gives ACT nothing to look at: give pixels_agent_pos (env=pusht) or "
             "environment_state_agent_pos (env=pusht_keypoints)"
         )
@@ -139,7 +140,7 @@ def resolve_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
+        raise UserError(
             f"policy.device={name} is not on this machine: give policy.device=cpu, or auto to take what there is"
         ) from error
     return name
@@ -183,7 +184,7 @@ def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: 
 def _decode_dataset(section: dict[str, Any]) -> DatasetConfig:
     for key, value in section.items():
         if key not in DATASET_KEYS and key in {f.name for f in dataclasses.fields(DatasetConfig)}:
-            raise ValueError(f"dataset.{key}={value} would do nothing here: remove it")
+            raise UserError(f"dataset.{key}={value} would do nothing here: remove it")
     dataset: DatasetConfig = _decode("dataset", DatasetConfig, {"video_backend": "pyav", **section})
     return dataset
 
@@ -191,20 +192,20 @@ def _decode_dataset(section: dict[str, Any]) -> DatasetConfig:
 def _decode_optimizer(policy: ACTConfig, section: dict[str, Any]) -> AdamWConfig:
     preset = policy.get_optimizer_preset()
     if section.get("type", preset.type) != preset.type:
-        raise ValueError(f"optimizer.type={section['type']} is not used here: give {preset.type} or leave it out")
+        raise UserError(f"optimizer.type={section['type']} is not used here: give {preset.type} or leave it out")
     for key in ("lr", "weight_decay"):
         if key in section:
-            raise ValueError(f"optimizer.{key}={section[key]} belongs to the policy: give policy.optimizer_{key}=")
+            raise UserError(f"optimizer.{key}={section[key]} belongs to the policy: give policy.optimizer_{key}=")
     options = {key: value for key, value in section.items() if key != "type"}
     optimizer: AdamWConfig = _decode("optimizer", AdamWConfig, dataclasses.asdict(preset) | options)
     if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ValueError(f"optimizer.betas={list(optimizer.betas)}: give two numbers from 0 up to, not including, 1")
+        raise UserError(f"optimizer.betas={list(optimizer.betas)}: give two numbers from 0 up to, not including, 1")
     return optimizer
 
 
 def _decode_scheduler(section: dict[str, Any]) -> LRSchedulerConfig:
     if section.get("type") == "diffuser" and importlib.util.find_spec("diffusers") is None:
-        raise ValueError("scheduler.type=diffuser needs the package diffusers: install it, or give another type")
+        raise UserError("scheduler.type=diffuser needs the package diffusers: install it, or give another type")
     scheduler: LRSchedulerConfig = _decode("scheduler", LRSchedulerConfig, section)
     return scheduler
 
@@ -212,7 +213,7 @@ def _decode_scheduler(section: dict[str, Any]) -> LRSchedulerConfig:
 def _refuse(name: str, section: dict[str, Any], refused: dict[str, str]) -> None:
     for key, reason in refused.items():
         if section.get(key) not in (None, False):
-            raise ValueError(f"{name}.{key}={section[key]}: {reason}")
+            raise UserError(f"{name}.{key}={section[key]}: {reason}")
 
 
 def _decode(name: str, cls: Any, section: dict[str, Any]) -> Any:
@@ -228,15 +229,15 @@ def _decode(name: str, cls: Any, section: dict[str, Any]) -> Any:
             choices = cls.get_known_choices()
             kind = section.get("type")
             if kind not in choices:
-                raise ValueError(f"{name}.type={kind} is unknown: give one of {', '.join(sorted(choices))}") from error
+                raise UserError(f"{name}.type={kind} is unknown: give one of {', '.join(sorted(choices))}") from error
             target = choices[kind]
         known = [f.name for f in dataclasses.fields(target) if f.init]
         for key in section:
             if key not in [*known, "type"]:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean {name}.{near[0]}?" if near else f"{target.__name__} has {', '.join(known)}"
-                raise ValueError(f"{name}.{key} is unknown: {hint}") from error
-        raise ValueError(_reason(name, error, section)) from error
+                raise UserError(f"{name}.{key} is unknown: {hint}") from error
+        raise UserError(_reason(name, error, section)) from error
 
 
 def _reason(name: str, error: Exception, section: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pusht_act.config.schema import EMBEDDED_REPO_ID, Config, Mode
+from pusht_act.runtime.errors import UserError
 
 RESTORED = ("policy.optimizer_lr", "policy.optimizer_lr_backbone", "policy.optimizer_weight_decay")
 """What stock takes from the optimizer's saved state on a resume, whatever its command line says."""
@@ -22,7 +23,7 @@ def lerobot_command(config: Config, model_dir: Path | None = None) -> str:
     on seeds from --seed up.
 
     Raises:
-        ValueError: stock LeRobot cannot do this job.
+        UserError: stock LeRobot cannot do this job.
     """
     match config.mode:
         case Mode.eval:
@@ -34,7 +35,7 @@ def lerobot_command(config: Config, model_dir: Path | None = None) -> str:
         case Mode.test | Mode.full:
             program, flags = "lerobot-train", _train_flags(config) | _optimizer_flags(config)
         case Mode.demos:
-            raise ValueError("print_lerobot_command=true: LeRobot makes no demonstrations of PushT, leave it out")
+            raise UserError("print_lerobot_command=true: LeRobot makes no demonstrations of PushT, leave it out")
     words = [f"--{key}={_text(value)}" for key, value in flags.items()]
     return " \\\n  ".join([program, *map(shlex.quote, words)])
 
@@ -42,17 +43,17 @@ def lerobot_command(config: Config, model_dir: Path | None = None) -> str:
 def _train_flags(config: Config) -> dict[str, Any]:
     """All of a training job but optimizer and schedule."""
     if config.dataset["repo_id"] == EMBEDDED_REPO_ID:
-        raise ValueError(
+        raise UserError(
             f"dataset.repo_id={EMBEDDED_REPO_ID} is embedded in this package, lerobot-train cannot read it: "
             "give dataset=pusht or dataset.root=PATH"
         )
     if path := config.policy.get("pretrained_path"):
-        raise ValueError(
+        raise UserError(
             f"policy.pretrained_path={path} has no equivalent: lerobot-train takes the statistics of the data set in "
             "place of the checkpoint's; leave it out"
         )
     if config.train.precision == "bf16" and not config.policy.get("use_amp"):
-        raise ValueError(
+        raise UserError(
             "train.precision=bf16 has no equivalent: lerobot-train evaluates as it trains; give policy.use_amp=true"
         )
     wandb = config.wandb
@@ -101,7 +102,7 @@ def _resume_flags(config: Config, model_dir: Path) -> dict[str, Any]:
     changed = _changed(wanted, saved)
     for key, value in changed.items():
         if key in RESTORED or (key.startswith(("optimizer.", "scheduler.")) and key != "optimizer.grad_clip_norm"):
-            raise ValueError(
+            raise UserError(
                 f"{key}={value} has no equivalent: lerobot-train restores the checkpoint's own when it resumes; "
                 f"leave {key} out"
             )

@@ -8,6 +8,8 @@ import os
 import re
 from typing import Any
 
+from pusht_act.runtime.errors import UserError
+
 SECRET_NAMES = re.compile(r"(TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
 """Of environment variables whose value is a secret."""
 SHORTEST = 12
@@ -22,7 +24,7 @@ def refuse_tokens(key: str, value: Any) -> None:
     """Refuse a `value`, of plain types and any depth, that holds a token; `key` says where it stands.
 
     Raises:
-        ValueError: naming the key, without the value.
+        UserError: naming the key, without the value.
     """
     if isinstance(value, dict):
         for name, inner in value.items():
@@ -32,7 +34,7 @@ def refuse_tokens(key: str, value: Any) -> None:
             refuse_tokens(key, inner)
     elif found := _token(f"{key}={value}"):
         where = "the command line" if _token(key) else key
-        raise ValueError(
+        raise UserError(
             f"{where} holds {found}, which would be written into files of the run: take it out; tokens are read from "
             "the environment (HF_TOKEN, WANDB_API_KEY) or a login (`hf auth login`, `wandb login`)"
         )

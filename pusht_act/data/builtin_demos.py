@@ -19,6 +19,7 @@ from pusht_act.demos.expert import Demonstration
 from pusht_act.demos.features import FEATURES, TASK
 from pusht_act.demos.mirror import with_mirror_images
 from pusht_act.demos.replay import ReplayedEpisode, replay_all
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.system import cores
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def open_builtin_demos(count: int, env: PushtEnv, mirror: bool = False) -> Frame
         mirror: whether each is followed by its mirror image, where that solves the task, too.
 
     Raises:
-        ValueError: the embedded file is damaged, or a demonstration no longer solves the task when replayed.
+        UserError: the embedded file is damaged, or a demonstration no longer solves the task when replayed.
     """
     image = env.obs_type == "pixels_agent_pos"
     made_of = [embedded.SHA256, count, image, version("gym-pusht"), version("pymunk"), *(["mirror"] if mirror else [])]
@@ -55,7 +56,7 @@ def _build(demonstrations: list[Demonstration], image: bool, mirror: bool, alloc
     }
     for i, episode in _replayed(demonstrations, image):
         if not episode.success[-1]:
-            raise ValueError(
+            raise UserError(
                 f"embedded demonstration {i} does not solve PushT when replayed with gym-pusht {version('gym-pusht')} "
                 f"and pymunk {version('pymunk')}: install the versions that pyproject.toml names"
             )

@@ -11,13 +11,14 @@ from torch import Tensor
 from pusht_act.config.lerobot import LeRobotConfig, observation_keys
 from pusht_act.config.schema import EMBEDDED_REPO_ID, Config
 from pusht_act.data.cache import FrameDataset
+from pusht_act.runtime.errors import UserError
 
 
 def open_dataset(config: Config, lerobot: LeRobotConfig) -> FrameDataset:
     """The frames that `dataset` names: LeRobot's format, or the embedded demonstrations as `env` observes them.
 
     Raises:
-        ValueError: the data set lacks what `env` observes, or has what it does not.
+        UserError: the data set lacks what `env` observes, or has what it does not.
     """
     if lerobot.dataset.repo_id == EMBEDDED_REPO_ID:
         from pusht_act.data.builtin_demos import open_builtin_demos
@@ -33,11 +34,11 @@ def open_dataset(config: Config, lerobot: LeRobotConfig) -> FrameDataset:
 def _check_observations(frames: FrameDataset, env: PushtEnv) -> None:
     has, needs = frames.arrays.keys() - {ACTION}, observation_keys(env)
     if ACTION not in frames.arrays:
-        raise ValueError(f"dataset {frames.repo_id} has no action to learn")
+        raise UserError(f"dataset {frames.repo_id} has no action to learn")
     if has == needs:
         return
     group = "pusht_keypoints" if "observation.environment_state" in has else "pusht"
-    raise ValueError(
+    raise UserError(
         f"dataset {frames.repo_id} has {', '.join(sorted(has))}, but env.obs_type={env.obs_type} gives "
         f"{', '.join(sorted(needs))}: give env={group}, or a data set that fits the environment"
     )
@@ -60,7 +61,7 @@ def split_episodes(frames: FrameDataset, episodes: list[int] | None, eval_split:
     total = len(frames.episodes)
     chosen = list(range(total)) if episodes is None else episodes
     if outside := [e for e in chosen if e >= total]:
-        raise ValueError(f"dataset.episodes={outside} are not in {frames.repo_id}: it has 0 to {total - 1}")
+        raise UserError(f"dataset.episodes={outside} are not in {frames.repo_id}: it has 0 to {total - 1}")
     if not eval_split:
         return chosen, []
     by_task: dict[str, list[int]] = {}
@@ -73,7 +74,7 @@ def split_episodes(frames: FrameDataset, episodes: list[int] | None, eval_split:
         train += group[:cut]
         held_out += group[cut:]
     if not train:
-        raise ValueError(f"dataset.eval_split={eval_split} leaves none of {len(chosen)} episodes to train on: lower it")
+        raise UserError(f"dataset.eval_split={eval_split} leaves none of {len(chosen)} episodes to train on: lower it")
     return train, held_out
 
 

@@ -24,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, load_or_build
-from pusht_act.runtime.signals import begin, wait_for
+from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.signals import submit_uninterrupted, wait_interruptible
 from pusht_act.runtime.system import cores
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ def open_lerobot_dataset(dataset: DatasetConfig) -> FrameDataset:
 
     Raises:
         FileNotFoundError: it is neither at `root`, nor in LeRobot's local folders, nor to be had from the Hub.
-        ValueError: another format version, or a file that is damaged.
+        UserError: another format version, or a file that is damaged.
     """
     root = Path(dataset.root) if dataset.root else _from_hub(dataset)
     info = _read_info(root)
@@ -86,12 +87,12 @@ def _read_info(root: Path) -> dict[str, Any]:
             f"dataset.root={root} holds no LeRobot data set (no meta/info.json): give dataset.root=PATH of one"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch the data set again") from error
+        raise UserError(f"{path} is damaged ({error}): fetch the data set again") from error
     if not isinstance(info, dict):
-        raise ValueError(f"{path} is damaged (no JSON object): fetch the data set again")
+        raise UserError(f"{path} is damaged (no JSON object): fetch the data set again")
     version = info.get("codebase_version")
     if version != "v3.0":
-        raise ValueError(
+        raise UserError(
             f"dataset.root={root} has format {version}, this reads v3.0: convert it with "
             "python -m lerobot.scripts.convert_dataset_v21_to_v30"
         )
@@ -104,11 +105,11 @@ def _check_names(path: Path, info: dict[str, Any]) -> None:
     features = info.get("features")
     numbers = (info.get(key) for key in ("total_frames", "total_episodes", "fps"))
     if not isinstance(features, dict) or not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"{path} is damaged (no features, total_frames, total_episodes or fps): fetch it again")
+        raise UserError(f"{path} is damaged (no features, total_frames, total_episodes or fps): fetch it again")
     for key, feature in features.items():
         sound = isinstance(feature, dict) and {"dtype", "shape"} <= {*feature} and re.fullmatch(r"\w[\w. -]*", key)
         if not sound:
-            raise ValueError(
+            raise UserError(
                 f"{path}: feature {key[:60]!r} is no name with a dtype and a shape: fetch the data set again"
             )
     for key in ("data_path", "video_path"):
@@ -120,7 +121,7 @@ def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
     """The file that a template of info.json names.
 
     Raises:
-        ValueError: it lies outside of `root` (by its name: the Hub's cache is made of links), or is no template.
+        UserError: it lies outside of `root` (by its name: the Hub's cache is made of links), or is no template.
     """
     try:
         path: Path = root / template.format(**values)
@@ -128,7 +129,7 @@ def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
     except (ValueError, KeyError, IndexError, AttributeError, TypeError):
         inside = False
     if not inside:
-        raise ValueError(
+        raise UserError(
             f"{root / 'meta' / 'info.json'}: {key}={str(template)[:80]!r} names no file within the data set: "
             "fetch it from a source that you trust"
         )
@@ -151,12 +152,12 @@ def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDatase
     episodes = _read_parquet(root / "meta" / "episodes", ["dataset_from_index", "dataset_to_index", "tasks"])
     bounds = np.stack([episodes["dataset_from_index"].to_numpy(), episodes["dataset_to_index"].to_numpy()], axis=1)
     if len(bounds) != info["total_episodes"] or bounds[-1, 1] != total:
-        raise ValueError(f"{root / 'meta'} is damaged: info.json and episodes disagree; fetch the data set again")
+        raise UserError(f"{root / 'meta'} is damaged: info.json and episodes disagree; fetch the data set again")
     arrays: dict[str, np.ndarray] = {}
     for key, feature in features.items():
         if feature["dtype"] in ("video", "image"):
             if (feature.get("info") or {}).get("is_depth_map"):
-                raise ValueError(f"{root}: {key} is a depth map, which ACT on PushT does not read")
+                raise UserError(f"{root}: {key} is a depth map, which ACT on PushT does not read")
             height, width, channels = feature["shape"]
             arrays[key] = allocate(key, (total, channels, height, width), "uint8")
         else:
@@ -175,7 +176,7 @@ def _fill(root: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> No
     columns = [key for key in arrays if info["features"][key]["dtype"] != "video"]
     table = _read_parquet(root / "data", [*columns, "index", "timestamp", "episode_index"])
     if not np.array_equal(table["index"].to_numpy(), np.arange(info["total_frames"])):
-        raise ValueError(f"{root / 'data'} is damaged: its frames are not 0 to {info['total_frames'] - 1}")
+        raise UserError(f"{root / 'data'} is damaged: its frames are not 0 to {info['total_frames'] - 1}")
     for key in columns:
         column = table[key].combine_chunks()
         if info["features"][key]["dtype"] == "image":
@@ -206,9 +207,12 @@ def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.nd
         ThreadPoolExecutor(cores()) as pool,
     ):
         try:
-            jobs = [begin(pool, _decode_part, path, part, 0.5 / info["fps"], out, stop) for path, part in parts]
+            jobs = [
+                submit_uninterrupted(pool, _decode_part, path, part, 0.5 / info["fps"], out, stop)
+                for path, part in parts
+            ]
             for job in jobs:
-                wait_for(job)
+                wait_interruptible(job)
                 progress.update(job.result())
         finally:
             stop.set()  # nobody waits for the others when one has failed
@@ -229,7 +233,7 @@ def _decode_part(
     for index, time in wanted:
         image = next((image for at, image in frames if at > time - tolerance), None)
         if image is None:
-            raise ValueError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
+            raise UserError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
         out[index] = image.transpose(2, 0, 1)
         if stop.is_set():
             break
@@ -248,7 +252,7 @@ def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]
                 if frame.pts is not None and stream.time_base is not None:
                     yield float(frame.pts * stream.time_base), frame.to_ndarray(format="rgb24")
     except (av.error.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be decoded ({error}): fetch the data set again") from error
+        raise UserError(f"{path} cannot be decoded ({error}): fetch the data set again") from error
 
 
 def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
@@ -261,5 +265,5 @@ def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
         try:
             tables.append(pq.read_table(path, columns=columns))
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again") from error
+            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again") from error
     return pa.concat_tables(tables)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pusht_act.data.cache import FrameDataset
 from pusht_act.data.sampler import EpisodeSampler
-from pusht_act.runtime.distributed import share
+from pusht_act.runtime.distributed import shard
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +74,15 @@ class BatchLoader:
         """
         if not self._on_host:
             while True:
-                yield self._to_device(self._read(share(order.next_batch(batch_size))))
+                yield self._to_device(self._read(shard(order.next_batch(batch_size))))
         ahead = copy.copy(order)
         with ThreadPoolExecutor(1, "pictures") as thread:
             coming = deque(
-                thread.submit(self._read, share(ahead.next_batch(batch_size))) for _ in range(PREFETCH_BATCHES)
+                thread.submit(self._read, shard(ahead.next_batch(batch_size))) for _ in range(PREFETCH_BATCHES)
             )
             while True:
                 inputs = coming.popleft().result()
-                coming.append(thread.submit(self._read, share(ahead.next_batch(batch_size))))
+                coming.append(thread.submit(self._read, shard(ahead.next_batch(batch_size))))
                 order.next_batch(batch_size)
                 yield self._to_device(inputs)
 

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from pusht_act.demos.expert import Demonstration
+from pusht_act.runtime.errors import UserError
 
 PATH = Path(__file__).with_name("builtin.npz")
 SHA256 = "533550383611c0273824e5d3752bbb791a9dc68cc4fd21da0213bebc4f8861a7"
@@ -31,10 +32,10 @@ def _read() -> tuple[Demonstration, ...]:
         with np.load(PATH, allow_pickle=False) as file:
             seed, length, action, covered = (file[key] for key in ("seed", "length", "action", "coverage"))
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{PATH}: cannot be read ({error}); {REMEDY}") from error
+        raise UserError(f"{PATH}: cannot be read ({error}); {REMEDY}") from error
     found = content_hash(seed, length, action)
     if found != SHA256:
-        raise ValueError(f"{PATH}: sha256 {found[:12]}... is not {SHA256[:12]}...; {REMEDY}")
+        raise UserError(f"{PATH}: sha256 {found[:12]}... is not {SHA256[:12]}...; {REMEDY}")
     pieces = np.split(action, np.cumsum(length)[:-1])
     return tuple(
         Demonstration(int(s), piece, piece, float(c), True) for s, piece, c in zip(seed, pieces, covered, strict=True)
@@ -45,9 +46,9 @@ def load(count: int) -> list[Demonstration]:
     """The first `count` embedded demonstrations: successes from reset seeds, without noise.
 
     Raises:
-        ValueError: `count` is below 1 or above what there is, or the file is not the one that belongs to this version.
+        UserError: `count` is below 1 or above what there is, or the file is not the one that belongs to this version.
     """
     everything = _read()
     if not 1 <= count <= len(everything):
-        raise ValueError(f"count={count}: choose one in [1, {len(everything)}], or make more with mode=demos")
+        raise UserError(f"count={count}: choose one in [1, {len(everything)}], or make more with mode=demos")
     return list(everything[:count])

@@ -27,8 +27,9 @@ from pusht_act.demos.expert import Demonstration, demonstrate
 from pusht_act.demos.initial_states import describe_start
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.envs.pusht import Start
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.process_pool import RETRY_HINT, result, worker_processes
-from pusht_act.runtime.signals import begin
+from pusht_act.runtime.signals import submit_uninterrupted
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def planner_options(demos: DemosConfig) -> PlannerOptions:
     """What `demos` asks of the planner.
 
     Raises:
-        ValueError: an impossible value.
+        UserError: an impossible value.
     """
     try:
         return PlannerOptions(
@@ -60,7 +61,7 @@ def planner_options(demos: DemosConfig) -> PlannerOptions:
             seed=demos.seed,
         )
     except ValueError as error:
-        raise ValueError(f"demos.{error}".replace("demos.noise", "demos.action_noise")) from error
+        raise UserError(f"demos.{error}".replace("demos.noise", "demos.action_noise")) from error
 
 
 def options_key(options: PlannerOptions) -> str:
@@ -81,7 +82,7 @@ def collect(
     Exactly these are planned, whatever the number of `workers`; those that have a file in `folder` are read.
 
     Raises:
-        ValueError: hardly any start is solved with these options, or fewer than `count` of them all.
+        UserError: hardly any start is solved with these options, or fewer than `count` of them all.
         OSError: the disk is full, or the system killed a worker.
     """
     tried: list[Demonstration] = []
@@ -98,7 +99,7 @@ def collect(
             coming.extend(map(submit, starts[begun : len(tried) + count - solved]))  # all of these will be needed
             if not coming:
                 fewer = f"demos.n_episodes={solved} or " if solved else ""
-                raise ValueError(
+                raise UserError(
                     f"demos.starts is used up with {solved} of {len(starts)} solved, fewer than "
                     f"demos.n_episodes={count}: give {fewer}a longer list; what was planned is kept"
                 )
@@ -111,7 +112,7 @@ def collect(
             log.info("%s is skipped: not solved, %.3f covered", describe_start(made.start), made.coverage)
             failures = len(tried) - solved
             if failures >= PATIENCE and failures > 4 * solved:
-                raise ValueError(
+                raise UserError(
                     f"only {solved} of {len(tried)} starts were solved with {options}: "
                     "give demos.speed, smoothness and action_noise nearer to their defaults"
                 )
@@ -130,7 +131,7 @@ def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[S
         return (
             partial(_load_or_plan, folder, options, start)
             if there
-            else partial(result, begin(pool, _load_or_plan, folder, options, start))
+            else partial(result, submit_uninterrupted(pool, _load_or_plan, folder, options, start))
         )
 
     with worker_processes(workers, f"what was planned is kept, {RETRY_HINT} demos.workers") as pool:

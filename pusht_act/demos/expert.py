@@ -23,6 +23,7 @@ from pusht_act.envs.simulator import (
     agent_in_block_frame,
     new_state,
 )
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.process_pool import RETRY_HINT, imap
 
 Progress = Callable[[int, int], None]
@@ -55,7 +56,7 @@ def demonstrate(start: Start, options: PlannerOptions | None = None) -> Demonstr
     tip the search another way.
 
     Raises:
-        ValueError: a negative seed, a state outside the arena, or the agent inside the block.
+        UserError: a negative seed, a state outside the arena, or the agent inside the block.
     """
     options, start = options or PlannerOptions(), check_plannable(start)
     env = make_env()
@@ -84,10 +85,10 @@ def demonstrate_many(
     The list holds failures too. `progress` is called in this process after each episode.
 
     Raises:
-        ValueError: an impossible start, found before any work is done, or `workers` below 1.
+        UserError: an impossible start, found before any work is done, or `workers` below 1.
     """
     if workers < 1:
-        raise ValueError(f"workers={workers}: give at least 1 process")
+        raise UserError(f"workers={workers}: give at least 1 process")
     starts, made = [check_plannable(start) for start in starts], []
     workers = min(workers, max(1, len(starts)))
     with closing(imap(partial(demonstrate, options=options), starts, workers, f"{RETRY_HINT} workers")) as coming:
@@ -102,16 +103,14 @@ def check_plannable(start: Start | Sequence[float]) -> Start:
     """`check_start`, and no start from which only the solver's push out of an overlap would move the block.
 
     Raises:
-        ValueError: as `check_start`, or the agent's centre is inside the block.
+        UserError: as `check_start`, or the agent's centre is inside the block.
     """
     start = check_start(start)
     if isinstance(start, tuple):
         x, y = agent_in_block_frame(new_state(np.array(start[:5])))
         if any(x0 < x < x1 and y0 < y < y1 for x0, y0, x1, y1 in RECTANGLES):
             shown = ", ".join(f"{value:g}" for value in start)
-            raise ValueError(
-                f"start=({shown}): the agent's centre is inside the block; move it {AGENT_RADIUS:g} px off"
-            )
+            raise UserError(f"start=({shown}): the agent's centre is inside the block; move it {AGENT_RADIUS:g} px off")
     return start
 
 

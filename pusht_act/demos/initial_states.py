@@ -12,6 +12,7 @@ import numpy as np
 from pusht_act.config.schema import DemosConfig
 from pusht_act.demos.expert import check_plannable
 from pusht_act.envs.pusht import Start
+from pusht_act.runtime.errors import UserError
 
 COLUMNS = ("agent_x", "agent_y", "block_x", "block_y", "block_angle")
 HEADER = ",".join(COLUMNS)
@@ -21,13 +22,13 @@ def initial_states(demos: DemosConfig) -> Sequence[Start]:
     """What `demos` has planned, in order: reset seeds without an end, or all states of the file `demos.starts`.
 
     Raises:
-        ValueError: the file cannot be read, a line of it is no start, or it has fewer than `demos.n_episodes`.
+        UserError: the file cannot be read, a line of it is no start, or it has fewer than `demos.n_episodes`.
     """
     if demos.starts is None:
         return range(demos.start_seed, np.iinfo(np.int64).max)
     starts = read_initial_states(demos.starts)
     if len(starts) < demos.n_episodes:
-        raise ValueError(
+        raise UserError(
             f"demos.starts={demos.starts} has too few starts, {len(starts)}, for demos.n_episodes={demos.n_episodes}: "
             f"give demos.n_episodes={len(starts)} or less, or a longer list"
         )
@@ -38,7 +39,7 @@ def read_initial_states(path: str) -> list[Start]:
     """The states in a CSV file whose first line is `HEADER`, one a line in px and rad; empty lines are skipped.
 
     Raises:
-        ValueError: no such file, another header, no start at all, or a line that is no start or repeats one.
+        UserError: no such file, another header, no start at all, or a line that is no start or repeats one.
     """
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
@@ -46,22 +47,22 @@ def read_initial_states(path: str) -> list[Start]:
             rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(
+        raise UserError(
             f"demos.starts={path} cannot be read ({reason}): give a CSV file that begins {HEADER}"
         ) from error
     header = ",".join(cell.strip() for cell in rows[0][1]) if rows else ""
     if header != HEADER:
-        raise ValueError(f"demos.starts={path} line 1: {header[:80]!r} is not the header: give {HEADER}")
+        raise UserError(f"demos.starts={path} line 1: {header[:80]!r} is not the header: give {HEADER}")
     if len(rows) == 1:
-        raise ValueError(f"demos.starts={path} has no starts: give one a line below the header")
+        raise UserError(f"demos.starts={path} has no starts: give one a line below the header")
     lines: dict[Start, int] = {}
     for line, row in rows[1:]:
         try:
             start = _start(row)
         except ValueError as error:
-            raise ValueError(f"demos.starts={path} line {line}: {error}") from error
+            raise UserError(f"demos.starts={path} line {line}: {error}") from error
         if start in lines:  # it would be the same episode again
-            raise ValueError(
+            raise UserError(
                 f"demos.starts={path} line {line}: {describe_start(start)} is that of line {lines[start]}: remove it"
             )
         lines[start] = line
@@ -70,14 +71,14 @@ def read_initial_states(path: str) -> list[Start]:
 
 def _start(row: list[str]) -> Start:
     if len(row) != len(COLUMNS):
-        raise ValueError(f"{','.join(row)[:80]!r} has {len(row)} values: give {HEADER}")
+        raise UserError(f"{','.join(row)[:80]!r} has {len(row)} values: give {HEADER}")
     numbers = []
     for name, text in zip(COLUMNS, row, strict=True):
         try:
             numbers.append(float(text))
         except ValueError as error:
             unit = "rad" if name == "block_angle" else "px"
-            raise ValueError(f"{name}={text[:80]} is not a number: give one in {unit}") from error
+            raise UserError(f"{name}={text[:80]} is not a number: give one in {unit}") from error
     return check_plannable(numbers)
 
 

@@ -28,6 +28,7 @@ from pusht_act.envs.simulator import (
     sides,
     step,
 )
+from pusht_act.runtime.errors import UserError
 
 RADIAN = 50.0  # px that a turn of the block by one radian counts as, nearly half the T's length
 STALL_PX, STALL_STEPS = 1.0, 30  # least progress, and for how long; 15 steps already fire on a walk round the T
@@ -55,17 +56,17 @@ class PlannerOptions:
 
     def __post_init__(self) -> None:
         if not SUCCESS_COVERAGE <= self.coverage < 1.0:
-            raise ValueError(f"coverage={self.coverage}: choose one in [{SUCCESS_COVERAGE}, 1), such as 0.97")
+            raise UserError(f"coverage={self.coverage}: choose one in [{SUCCESS_COVERAGE}, 1), such as 0.97")
         if not 1.0 <= self.speed <= 30.0:
-            raise ValueError(f"speed={self.speed}: choose one in [1, 30] px a step, such as 9")
+            raise UserError(f"speed={self.speed}: choose one in [1, 30] px a step, such as 9")
         if not 0.0 <= self.smoothness < math.inf:
-            raise ValueError(f"smoothness={self.smoothness}: choose one from 0 up, such as 1")
+            raise UserError(f"smoothness={self.smoothness}: choose one from 0 up, such as 1")
         if not 0.0 <= self.noise <= 100.0:
-            raise ValueError(f"noise={self.noise}: choose one in [0, 100] px, such as 6")
+            raise UserError(f"noise={self.noise}: choose one in [0, 100] px, such as 6")
         if self.replan < 1:
-            raise ValueError(f"replan={self.replan}: choose at least 1 step, such as 5")
+            raise UserError(f"replan={self.replan}: choose at least 1 step, such as 5")
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: choose one from 0 up")
+            raise UserError(f"seed={self.seed}: choose one from 0 up")
 
 
 @dataclass(frozen=True, kw_only=True)

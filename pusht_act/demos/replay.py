@@ -21,6 +21,7 @@ from pusht_act.envs.pusht import (
     reset_to,
 )
 from pusht_act.envs.rendering import render_observation
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.process_pool import imap
 
 cv2.setNumThreads(1)  # of pictures as small as ours two threads take twice the processor's time, and are no faster
@@ -59,12 +60,12 @@ def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False)
         image: whether to render, which takes ten times as long.
 
     Raises:
-        ValueError: an impossible start, no action at all, or an action that is not finite.
+        UserError: an impossible start, no action at all, or an action that is not finite.
     """
     start = check_start(start)
     action = np.asarray(action, np.float32)
     if action.ndim != 2 or action.shape[1] != 2 or not len(action) or not np.isfinite(action).all():
-        raise ValueError(f"action has shape {action.shape}: give one or more rows of two finite numbers (px)")
+        raise UserError(f"action has shape {action.shape}: give one or more rows of two finite numbers (px)")
     env = make_env()
     reset_to(env, start)
     disable_contact_counting(env)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from pusht_act.envs.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
+from pusht_act.runtime.errors import UserError
 
 State = tuple[float, float, float, float, float, float, float]
 """Agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
@@ -28,17 +29,17 @@ def check_state(state: Sequence[float] | np.ndarray, key: str = "state") -> tupl
     """Return the first five numbers of a state as floats, after checking that they lie in the arena.
 
     Raises:
-        ValueError: not five finite numbers, or the agent or a corner of the block lies outside the walls.
+        UserError: not five finite numbers, or the agent or a corner of the block lies outside the walls.
     """
     values = tuple(float(value) for value in state[:5])
     shown = ", ".join(f"{value:g}" for value in values)
     if len(values) != 5 or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"{key}=({shown}): give agent x, y, block x, y (px), block angle (rad), all finite")
+        raise UserError(f"{key}=({shown}): give agent x, y, block x, y (px), block angle (rad), all finite")
     if not all(-SLACK <= value <= ARENA + SLACK for value in values[:2]):
-        raise ValueError(f"{key}=({shown}): the agent is outside the arena; put it within [0, {ARENA:g}] px")
+        raise UserError(f"{key}=({shown}): the agent is outside the arena; put it within [0, {ARENA:g}] px")
     corners = _corners(*values[2:])
     if corners.min() < WALL_LOW - SLACK or corners.max() > WALL_HIGH + SLACK:
-        raise ValueError(
+        raise UserError(
             f"{key}=({shown}): the block spans {corners.min():.0f} to {corners.max():.0f} px, through the walls at "
             f"{WALL_LOW:g} and {WALL_HIGH:g}; move it inside"
         )
@@ -49,14 +50,14 @@ def check_start(start: Start | Sequence[float] | np.ndarray) -> Start:
     """Return `start` in plain Python numbers, after checking that it is a seed or a state in the arena.
 
     Raises:
-        ValueError: a negative seed, neither five nor seven finite numbers, or agent or block outside the walls.
+        UserError: a negative seed, neither five nor seven finite numbers, or agent or block outside the walls.
     """
     if isinstance(start, int | np.integer):
         if start < 0:
-            raise ValueError(f"start={start}: a reset seed is 0 or more")
+            raise UserError(f"start={start}: a reset seed is 0 or more")
         return int(start)
     if len(start) not in (5, 7):
-        raise ValueError(
+        raise UserError(
             f"start has {len(start)} numbers: give agent x, y, block x, y (px), block angle (rad), and no or two agent "
             "velocities (px/s)"
         )
@@ -65,7 +66,7 @@ def check_start(start: Start | Sequence[float] | np.ndarray) -> Start:
         return (agent_x, agent_y, x, y, angle)
     vx, vy = (float(value) for value in start[5:])
     if not (math.isfinite(vx) and math.isfinite(vy)):
-        raise ValueError(f"start=(..., {vx:g}, {vy:g}): the agent's velocity is not finite; give px/s")
+        raise UserError(f"start=(..., {vx:g}, {vy:g}): the agent's velocity is not finite; give px/s")
     return (agent_x, agent_y, x, y, angle, vx, vy)
 
 

@@ -22,7 +22,7 @@ from pusht_act.config.schema import EvalConfig
 from pusht_act.envs.coverage import coverage_of_poses
 from pusht_act.envs.episode import EnvSpec, StepResult, VideoRequest
 from pusht_act.envs.gym_env import ChunkedEnv
-from pusht_act.runtime.signals import withheld
+from pusht_act.runtime.signals import block_signals
 from pusht_act.runtime.system import cores
 
 MIN_ENVS_PER_WORKER = 5
@@ -105,7 +105,7 @@ class SubprocVectorEnv:
             ours, theirs = multiprocessing.Pipe()
             serve = f"from pusht_act.envs.vector_env import serve; serve({theirs.fileno()})"
             command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}"]
-            with withheld():
+            with block_signals():
                 self._processes.append(
                     subprocess.Popen(
                         command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

@@ -25,7 +25,7 @@ from pusht_act.envs.vector_env import VectorEnv
 from pusht_act.evaluation.rollout import Rollout, env_spec, rollout
 from pusht_act.evaluation.stats import wilson_interval
 from pusht_act.policy.act import Processors
-from pusht_act.runtime.signals import begin, wait_for
+from pusht_act.runtime.signals import submit_uninterrupted, wait_interruptible
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ def _evaluated(
             if len(groups) == 1:  # here, where a signal breaks it off at once
                 parts = [batch(first) for first in starts]
             else:
-                futures = [begin(threads, batch, first) for first in starts]
-                wait_for(*futures)
+                futures = [submit_uninterrupted(threads, batch, first) for first in starts]
+                wait_interruptible(*futures)
                 parts = [future.result() for future in futures if future.done()]
         except BaseException:
             broken_off.set()

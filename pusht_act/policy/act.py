@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor
 
+from pusht_act.runtime.errors import UserError
+
 DAMAGED = (
     *(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
     ProcessorMigrationError,
@@ -39,12 +41,12 @@ def make_policy(config: ACTConfig) -> ACTPolicy:
     """A fresh ACT on `config.device`; draws from PyTorch's global generator.
 
     Raises:
-        ValueError: the ImageNet weights of the backbone cannot be had.
+        UserError: the ImageNet weights of the backbone cannot be had.
     """
     try:
         return _to_device(ACTPolicy(config))
     except OSError as error:  # torchvision downloads by urllib, whose errors are OSErrors
-        raise ValueError(
+        raise UserError(
             f"policy.pretrained_backbone_weights={config.pretrained_backbone_weights} cannot be downloaded ({error}): "
             "give policy.pretrained_backbone_weights=null to start from random weights"
         ) from error
@@ -54,7 +56,7 @@ def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
     """The ACT with the weights in `directory`/model.safetensors.
 
     Raises:
-        ValueError: the file is missing, damaged, or of another architecture than `config`.
+        UserError: the file is missing, damaged, or of another architecture than `config`.
     """
     # The weights to load replace ImageNet's, which stock LeRobot downloads here all the same.
     policy = ACTPolicy(dataclasses.replace(config, pretrained_backbone_weights=None))
@@ -63,10 +65,10 @@ def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
     try:
         load_model(policy, path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}): give another checkpoint") from error
+        raise UserError(f"{path} is missing or damaged ({error}): give another checkpoint") from error
     except RuntimeError as error:  # keys or shapes differ
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} holds another policy than policy.* describes: {reason}") from error
+        raise UserError(f"{path} holds another policy than policy.* describes: {reason}") from error
     return _to_device(policy)
 
 
@@ -93,7 +95,7 @@ def load_processors(config: ACTConfig, directory: Path) -> Processors:
         return Processors(*make_pre_post_processors(config, str(directory), preprocessor_overrides=device))
     except DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{directory}: the processors are missing or damaged ({reason})") from error
+        raise UserError(f"{directory}: the processors are missing or damaged ({reason})") from error
 
 
 def act_loss(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pusht_act.config.schema import TrainConfig
 from pusht_act.policy.act import is_bf16
+from pusht_act.runtime.errors import UserError
 
 Dropout = Callable[[], AbstractContextManager[None]]
 """What the loss of a training step is computed within."""
@@ -24,11 +25,11 @@ def build_dropout(options: TrainConfig, policy: ACTConfig) -> Dropout:
     """`fast_dropout` if train.fast_dropout says so; null: where bf16 draws other numbers than stock's anyway.
 
     Raises:
-        ValueError: it does, and `policy` is on a GPU.
+        UserError: it does, and `policy` is on a GPU.
     """
     on_cpu = torch.device(str(policy.device)).type == "cpu"
     if options.fast_dropout and not on_cpu:
-        raise ValueError("train.fast_dropout=true is for a CPU, a GPU's dropout is as fast: leave it out")
+        raise UserError("train.fast_dropout=true is for a CPU, a GPU's dropout is as fast: leave it out")
     fast = options.fast_dropout
     if fast is None:
         fast = on_cpu and is_bf16(policy, options.precision) and not options.compile

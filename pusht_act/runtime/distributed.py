@@ -25,15 +25,16 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from pusht_act.runtime import signals
-from pusht_act.runtime.signals import Stopped
+from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.signals import StopSignal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-STEP_TIME = timedelta(minutes=10)
+STEP_TIMEOUT = timedelta(minutes=10)
 """What a process may be behind the others in a step, or in beginning at all: the first steps may be compiled."""
-WAIT_TIME = timedelta(hours=1)
+COMMAND_TIMEOUT = timedelta(hours=1)
 """What process 0 may take between two words: an evaluation that training waits for, say."""
 
 
@@ -51,13 +52,13 @@ WITHOUT_MORE = (Word.STEP, Word.RANDOM)
 """Words that say all; an object comes after the others."""
 
 
-class Lost(BaseException):
+class PeerLostError(BaseException):
     """Another process of the job is gone. No `Exception`: this process cannot do a sweep's next job either."""
 
     def __init__(self, reason: str) -> None:
         remedy = "to go on from the last checkpoint: the same command with resume.auto=true, or mode=resume"
-        super().__init__(f"process {_job.rank} of {_job.size} has lost another one ({reason}); {remedy}")
-        self.told = False
+        super().__init__(f"process {_world.rank} of {_world.world_size} has lost another one ({reason}); {remedy}")
+        self.reported = False
         """Whether a line has said so."""
 
 
@@ -70,53 +71,53 @@ class _Ended(BaseException):
 
 
 @dataclass
-class _Job:
+class _World:
     """The processes of this job: there is one, as there is one process group."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
     words: Any = None
     """The process group of all that is not a gradient."""
     gradients: Any = None
 
 
-_job = _Job()
+_world = _World()
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes train together."""
-    return _job.size
+    return _world.world_size
 
 
 def rank() -> int:
     """This one's number among them."""
-    return _job.rank
+    return _world.rank
 
 
 @contextmanager
-def processes(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
+def distributed_context(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
     """Within this the processes that were launched together work together; yields whether this is process 0.
 
     The others are to do `job.follow`, and leave when process 0 does: with its exit code if that ends by one of `errors`
     or by a signal. By any other exception it ends without a word.
 
     Raises:
-        ValueError: the environment does not say which of them this is.
+        UserError: the environment does not say which of them this is.
         OSError: they cannot reach each other.
-        Stopped: process 0 was stopped by a signal.
-        Lost: another one is gone.
+        StopSignal: process 0 was stopped by a signal.
+        PeerLostError: another one is gone.
     """
-    if _job.size > 1 or not _launched_together():
+    if _world.world_size > 1 or not _is_distributed_launch():
         yield True
         return
-    _begin()
+    _init_process_group()
     try:
-        if _job.rank == 0:
+        if _world.rank == 0:
             yield from _leading(errors)
         else:
             yield from _following()
     finally:
-        _job.rank, _job.size, _job.words, _job.gradients = 0, 1, None, None
+        _world.rank, _world.world_size, _world.words, _world.gradients = 0, 1, None, None
 
 
 def _leading(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
@@ -128,15 +129,15 @@ def _leading(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
         raise
     finally:
         if code is not None:
-            with suppress(Lost, Stopped):  # a signal is acted upon already, or by `listening`
+            with suppress(PeerLostError, StopSignal):  # a signal is acted upon already, or by `listening`
                 tell(Word.END, code)
         if code == 0:
-            _part()
+            _shutdown()
 
 
 def _code(error: BaseException, errors: tuple[type[Exception], ...]) -> int | None:
     """What a job that ends by `error` leaves with; None: without a word to the others."""
-    if isinstance(error, Stopped):
+    if isinstance(error, StopSignal):
         return error.code
     if isinstance(error, SystemExit):
         return 1 if error.code else 0
@@ -148,7 +149,7 @@ def _following() -> Iterator[bool]:
         yield False
     except _Ended as ended:
         if ended.code == 0:
-            _part()
+            _shutdown()
             return
         # A launcher takes the first to leave for the culprit, and may end process 0 before it has said what is wrong.
         import torch.distributed as dist
@@ -157,12 +158,12 @@ def _following() -> Iterator[bool]:
             dist.barrier()  # never comes to be: process 0 leaves
         if ended.code < 128:
             raise SystemExit(ended.code) from None
-        stopped = Stopped(ended.code - 128)
-        stopped.told = True
+        stopped = StopSignal(ended.code - 128)
+        stopped.reported = True
         raise stopped from None
 
 
-def _launched_together() -> bool:
+def _is_distributed_launch() -> bool:
     """Whether the environment is that of one of several processes; submitit's is made torchrun's."""
     if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
         import submitit
@@ -173,30 +174,30 @@ def _launched_together() -> bool:
         return False
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if name not in os.environ]:
-        raise ValueError(
+        raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but no {', '.join(missing)}: launch several "
             "processes by torchrun, or unset WORLD_SIZE"
         )
     return True
 
 
-def _begin() -> None:
+def _init_process_group() -> None:
     import torch.distributed as dist
 
-    _see_one_gpu(int(os.environ["LOCAL_RANK"]))
+    _set_visible_gpu(int(os.environ["LOCAL_RANK"]))
     try:
-        dist.init_process_group("gloo", timeout=STEP_TIME)
-        words = dist.new_group(backend="gloo", timeout=WAIT_TIME)
+        dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+        words = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
     except RuntimeError as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise OSError(
             f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others, which meet at "
             f"MASTER_ADDR:MASTER_PORT={at} ({_reason(error)}): see that they all begin, and that nothing else is there"
         ) from error
-    _job.rank, _job.size, _job.words = dist.get_rank(), dist.get_world_size(), words
+    _world.rank, _world.world_size, _world.words = dist.get_rank(), dist.get_world_size(), words
 
 
-def _see_one_gpu(local_rank: int) -> None:
+def _set_visible_gpu(local_rank: int) -> None:
     """Of the machine's GPUs this process sees its own alone, as `cuda`: so does each of its threads.
 
     Where a scheduler has seen to that already, nothing changes.
@@ -209,7 +210,7 @@ def _see_one_gpu(local_rank: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank] if local_rank < len(gpus) else ""
 
 
-def _part() -> None:
+def _shutdown() -> None:
     import torch.distributed as dist
 
     dist.destroy_process_group()
@@ -219,11 +220,11 @@ def tell(word: Word, more: Any = None) -> None:
     """Process 0: say `word` to the others, and `more` where it takes more.
 
     Raises:
-        Lost: one of them is gone.
+        PeerLostError: one of them is gone.
     """
-    if _job.size == 1:
+    if _world.world_size == 1:
         return
-    with signals.withheld():  # half a word would leave the others waiting
+    with signals.block_signals():  # half a word would leave the others waiting
         _exchange(word)
         if word not in WITHOUT_MORE:
             _from_the_first(more)
@@ -243,12 +244,12 @@ def _exchange(word: int = 0) -> Word:
     import torch
     import torch.distributed as dist
 
-    said = torch.tensor([word, signals.heard() or 0])
-    with _lost():
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=_job.words)
+    said = torch.tensor([word, signals.received_signal() or 0])
+    with _peer_errors():
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=_world.words)
     word, number = said.tolist()
-    if _job.rank == 0 and number:
-        signals.note(number)
+    if _world.rank == 0 and number:
+        signals.record_peer_signal(number)
     return Word(word)
 
 
@@ -256,31 +257,31 @@ def _from_the_first(more: Any = None) -> Any:
     import torch.distributed as dist
 
     objects = [more]
-    with _lost():
-        dist.broadcast_object_list(objects, src=0, group=_job.words)
+    with _peer_errors():
+        dist.broadcast_object_list(objects, src=0, group=_world.words)
     return objects[0]
 
 
-def gathered(value: Any) -> list[Any]:
+def gather_to_main(value: Any) -> list[Any]:
     """At process 0, the `value` of each process, in order; elsewhere nothing."""
-    if _job.size == 1:
+    if _world.world_size == 1:
         return [value]
     import torch.distributed as dist
 
-    values: list[Any] = [None] * _job.size
-    with _lost():
-        dist.gather_object(value, values if _job.rank == 0 else None, group=_job.words)
-    return values if _job.rank == 0 else []
+    values: list[Any] = [None] * _world.world_size
+    with _peer_errors():
+        dist.gather_object(value, values if _world.rank == 0 else None, group=_world.words)
+    return values if _world.rank == 0 else []
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_any_rank() -> Iterator[None]:
     """Within this each process does the same for itself; if one fails, process 0 says why and all leave.
 
     Raises:
-        ValueError: at process 0, when another one has failed.
+        UserError: at process 0, when another one has failed.
     """
-    if _job.size == 1:
+    if _world.world_size == 1:
         yield
         return
     failed: BaseException | None = None
@@ -288,23 +289,23 @@ def together() -> Iterator[None]:
         yield
     except BaseException as error:
         failed = error
-    reasons = _of_all(None if failed is None else str(failed) or type(failed).__name__)
-    ours_to_say = _job.rank == 0 or not isinstance(failed, ValueError | OSError | Stopped)
+    reasons = _all_gather_object(None if failed is None else str(failed) or type(failed).__name__)
+    ours_to_say = _world.rank == 0 or not isinstance(failed, UserError | OSError | StopSignal)
     if failed is not None and ours_to_say:
         raise failed
     if any(reasons):
-        if _job.rank > 0:
+        if _world.rank > 0:
             told()  # process 0 leaves
         which = next(number for number, reason in enumerate(reasons) if reason)
-        raise ValueError(f"process {which} of {_job.size}: {reasons[which]}")
+        raise UserError(f"process {which} of {_world.world_size}: {reasons[which]}")
 
 
-def _of_all(value: Any) -> list[Any]:
+def _all_gather_object(value: Any) -> list[Any]:
     import torch.distributed as dist
 
-    values: list[Any] = [None] * _job.size
-    with signals.withheld(), _lost():
-        dist.all_gather_object(values, value, group=_job.words)
+    values: list[Any] = [None] * _world.world_size
+    with signals.block_signals(), _peer_errors():
+        dist.all_gather_object(values, value, group=_world.words)
     return values
 
 
@@ -312,58 +313,58 @@ def connect(device: str, tensors: Iterable["Tensor"]) -> None:
     """Before the first step: let the processes' devices reach each other, and begin with process 0's `tensors`.
 
     Raises:
-        ValueError: some have a GPU and some have none.
+        UserError: some have a GPU and some have none.
         OSError: the GPUs cannot reach each other.
     """
-    if _job.size == 1:
+    if _world.world_size == 1:
         return
     import torch
     import torch.distributed as dist
 
-    kinds = _of_all(torch.device(device).type)
+    kinds = _all_gather_object(torch.device(device).type)
     if len(set(kinds)) > 1:
         has = ", ".join(f"process {number} has {kind}" for number, kind in enumerate(kinds))
-        raise ValueError(f"{has}: begin as many processes on a machine as it has GPUs, or give policy.device=cpu")
+        raise UserError(f"{has}: begin as many processes on a machine as it has GPUs, or give policy.device=cpu")
     try:
-        _job.gradients = dist.new_group(backend="nccl", timeout=STEP_TIME) if kinds[0] == "cuda" else None
+        _world.gradients = dist.new_group(backend="nccl", timeout=STEP_TIMEOUT) if kinds[0] == "cuda" else None
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=0, group=_job.gradients)
+            dist.broadcast(whole, src=0, group=_world.gradients)
             tensor.detach().copy_(whole)
     except RuntimeError as error:
         raise OSError(f"the devices of this job's processes cannot reach each other ({_reason(error)})") from error
 
 
-def share(batch: "Tensor") -> "Tensor":
+def shard(batch: "Tensor") -> "Tensor":
     """This process's rows of `batch`: as many as each other's, or one fewer; none where there are not enough."""
-    return batch.tensor_split(_job.size)[_job.rank] if _job.size > 1 else batch
+    return batch.tensor_split(_world.world_size)[_world.rank] if _world.world_size > 1 else batch
 
 
-def add_up(tensors: list["Tensor"]) -> None:
+def all_reduce_sum(tensors: list["Tensor"]) -> None:
     """Replace each tensor by the sum of all processes', to the same bits everywhere, in one message.
 
     Raises:
-        Lost: one of them is gone.
+        PeerLostError: one of them is gone.
     """
-    if _job.size == 1:
+    if _world.world_size == 1:
         return
     import torch
     import torch.distributed as dist
 
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    with _lost():
-        dist.all_reduce(flat, group=_job.gradients)
+    with _peer_errors():
+        dist.all_reduce(flat, group=_world.gradients)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def _peer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        signals.leave()
-        raise Lost(_reason(error)) from error
+        signals.ignore_signals()
+        raise PeerLostError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

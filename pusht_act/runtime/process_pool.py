@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from pusht_act.runtime.signals import begin, wait_for, withheld
+from pusht_act.runtime.signals import block_signals, submit_uninterrupted, wait_interruptible
 
 RETRY_HINT = "give the same command again, if it happens again with a smaller"
 PREFETCH_ITEMS = 2
@@ -23,7 +23,7 @@ PREFETCH_ITEMS = 2
 def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
     """A pool whose processes end with this block, at once where that is left by an exception, and with this process.
 
-    Give it work by `begin`, and take that by `result`, so that a signal leaves no lock behind.
+    Give it work by `submit_uninterrupted`, and take that by `result`, so that a signal leaves no lock behind.
 
     Raises:
         OSError: one of them was killed; `remedy` says what is kept and what to do.
@@ -32,7 +32,7 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     pool: ProcessPoolExecutor | None = None
     try:
-        with withheld():  # a signal amid this would leave half a process behind
+        with block_signals():  # a signal amid this would leave half a process behind
             pool = ProcessPoolExecutor(count, context, _tie_to_parent)
             pool.submit(int)  # the first call begins all of them
         yield pool
@@ -52,9 +52,9 @@ def result[T](coming: Future[T]) -> T:
     """What it came to.
 
     Raises:
-        Stopped: there was a signal.
+        StopSignal: there was a signal.
     """
-    wait_for(coming)
+    wait_interruptible(coming)
     return coming.result()
 
 
@@ -70,7 +70,7 @@ def imap[T, U](work: Callable[[T], U], items: Iterable[T], workers: int, remedy:
     with worker_processes(workers, remedy) as pool:
         coming: deque[Future[U]] = deque()
         for item in items:
-            coming.append(begin(pool, work, item))
+            coming.append(submit_uninterrupted(pool, work, item))
             if len(coming) > PREFETCH_ITEMS * workers:
                 yield result(coming.popleft())
         while coming:

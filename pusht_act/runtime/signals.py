@@ -1,6 +1,6 @@
 """SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop a job; the command then leaves with 128 + the signal's number.
 
-    listening()         a signal raises `Stopped` wherever the job is, ...
+    listening()         a signal raises `StopSignal` wherever the job is, ...
       pass_on()         ... but with workers, which are stopped first, ...
       deferred()        ... but in the training loop, which asks between two steps whether there was one, ...
         at_once()       ... but where that waits or evaluates, which is broken off
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-WAIT_S = 0.1
+POLL_S = 0.1
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Stopped(BaseException):
+class StopSignal(BaseException):
     """A signal stopped the job. No `Exception`: after one of those a sweep goes on to its next job."""
 
     def __init__(self, number: int, step: int | None = None, checkpoint: Path | None = None) -> None:
@@ -37,7 +37,7 @@ class Stopped(BaseException):
         """That training came to; None: it was not in its loop."""
         self.checkpoint = checkpoint
         """The newest that this process has saved."""
-        self.told = False
+        self.reported = False
         """Whether a line has said so."""
 
     @property
@@ -50,48 +50,48 @@ class Stopped(BaseException):
 
 
 @dataclass
-class Stop:
+class SignalState:
     """Whether this process was told to stop: there is one, as there is one set of handlers."""
 
     received: int | None = None
     """The first signal."""
     listening: bool = False
     deferred: bool = False
-    save_asked: bool = False
+    checkpoint_requested: bool = False
     """Whether there was a signal after which a checkpoint is wanted and the job goes on."""
     leaving: bool = False
     """For another reason, so that a signal changes nothing."""
     passes_on: bool = False
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether there was a signal."""
         return self.received is not None
 
-    def check(self, step: int | None = None, checkpoint: Path | None = None) -> None:
+    def raise_if_stopped(self, step: int | None = None, checkpoint: Path | None = None) -> None:
         """Leave if there was a signal; what the handler raises within a destructor, say, Python drops.
 
         Raises:
-            Stopped: there was, with `step` and `checkpoint`.
+            StopSignal: there was, with `step` and `checkpoint`.
         """
         if self.received is not None and not self.leaving:
-            raise Stopped(self.received, step, checkpoint)
+            raise StopSignal(self.received, step, checkpoint)
 
-    def wants_checkpoint(self) -> bool:
+    def pop_checkpoint_request(self) -> bool:
         """Whether one is wanted now, as it is once for a signal."""
-        wanted, self.save_asked = self.asked or self.save_asked, False
+        wanted, self.checkpoint_requested = self.stop_requested or self.checkpoint_requested, False
         return wanted
 
 
-_stop = Stop()
+_stop = SignalState()
 
 
 def _handle(number: int, _frame: object) -> None:
     """Runs between any two bytecodes of the main thread, so it notes the signal and logs nothing."""
     if number == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-        _stop.save_asked = True
+        _stop.checkpoint_requested = True
         return
-    again, _stop.received = _stop.asked, _stop.received or number
+    again, _stop.received = _stop.stop_requested, _stop.received or number
     if again and number == signal.SIGINT:
         raise KeyboardInterrupt
     if again:
@@ -100,17 +100,17 @@ def _handle(number: int, _frame: object) -> None:
     for worker in workers:
         worker.terminate()
     if not workers and not _stop.deferred and not _stop.leaving:
-        raise Stopped(number)
+        raise StopSignal(number)
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Within this a signal stops the job; in another thread than the main one nothing changes.
 
     One that was ignored stays so, as a shell has it for the jobs in its background. The former handlers come back.
 
     Raises:
-        Stopped: there was a signal.
+        StopSignal: there was a signal.
     """
     if _stop.listening or threading.current_thread() is not threading.main_thread():
         yield
@@ -118,104 +118,104 @@ def listening() -> Iterator[None]:
     former = {number: signal.getsignal(number) for number in STOPPING}
     ours = [number for number, handler in former.items() if handler not in (signal.SIG_IGN, None)]
     _stop.received, _stop.deferred, _stop.listening = None, False, True
-    _stop.save_asked = _stop.passes_on = False
+    _stop.checkpoint_requested = _stop.passes_on = False
     try:
         for number in ours:
             signal.signal(number, _handle)
         yield
-        _stop.check()
+        _stop.raise_if_stopped()
     finally:
         for number in ours:
             signal.signal(number, former[number])
         _stop.received, _stop.listening, _stop.leaving = None, False, False
 
 
-def heard() -> int | None:
+def received_signal() -> int | None:
     """The first signal that there was."""
     return _stop.received
 
 
-def note(number: int) -> None:
+def record_peer_signal(number: int) -> None:
     """Another process of this job was sent a signal, which stops this one, too, where it asks."""
     _stop.received = _stop.received or number
 
 
-def leave() -> None:
+def ignore_signals() -> None:
     """This process is about to leave since another one is gone; what its launcher sends to say so comes too late."""
     _stop.leaving = True
 
 
-def in_charge() -> bool:
-    """Whether a `listening` is around the caller."""
+def handling_signals() -> bool:
+    """Whether a `handle_signals` is around the caller."""
     return _stop.listening
 
 
-def pass_on() -> None:
-    """Until the end of `listening` a signal goes to the processes of multiprocessing's, if there are any, as SIGTERM.
+def forward_to_children() -> None:
+    """Send a signal on to multiprocessing's processes, if there are any, as SIGTERM, until `handle_signals` ends.
 
-    It stops this one when they have ended, by `check`.
+    It stops this one when they have ended, by `raise_if_stopped`.
     """
     _stop.passes_on = True
 
 
-def check() -> None:
+def raise_if_stopped() -> None:
     """Leave if there was a signal.
 
     Raises:
-        Stopped: there was.
+        StopSignal: there was.
     """
-    _stop.check()
+    _stop.raise_if_stopped()
 
 
 @contextmanager
-def deferred() -> Iterator[Stop]:
+def defer_signals() -> Iterator[SignalState]:
     """Within this a signal is noted only.
 
     Raises:
-        Stopped: there was one before or, in the end, nobody has acted upon it; not from within another `deferred`.
+        StopSignal: there was one before, or nobody acted upon it; not within another `defer_signals`.
     """
     if not _stop.deferred:
-        _stop.check()
-    with _noted():
+        _stop.raise_if_stopped()
+    with _deferred():
         yield _stop
 
 
 @contextmanager
-def _noted() -> Iterator[None]:
+def _deferred() -> Iterator[None]:
     former, _stop.deferred = _stop.deferred, True
     try:
         yield
     finally:
         _stop.deferred = former
     if not former:
-        _stop.check()
+        _stop.raise_if_stopped()
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
-    """Within this, in `deferred`, a signal breaks off what is being done; so does one that was noted before.
+def interruptible() -> Iterator[None]:
+    """Within this, in `defer_signals`, a signal breaks off what is being done; so does one that was noted before.
 
     Raises:
-        Stopped: there was one.
+        StopSignal: there was one.
     """
     former, _stop.deferred = _stop.deferred, False
     try:
-        _stop.check()
+        _stop.raise_if_stopped()
         yield
     finally:
         _stop.deferred = former
 
 
 @contextmanager
-def withheld() -> Iterator[None]:
+def block_signals() -> Iterator[None]:
     """Processes begun in here inherit that they never see the signals; this one acts upon them at the end.
 
     Blocking them does the first alone: another thread may take a signal, and Python's handler runs in the main one.
 
     Raises:
-        Stopped: there was one.
+        StopSignal: there was one.
     """
-    with _noted():  # without asking at first: process 0 says farewell to the others after a signal, too
+    with _deferred():  # without asking at first: process 0 says farewell to the others after a signal, too
         former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             yield
@@ -223,32 +223,34 @@ def withheld() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
-def begin[**P, T](executor: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+def submit_uninterrupted[**P, T](
+    executor: Executor, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> Future[T]:
     """`executor.submit`, which a signal does not break off: a lock it holds just then would be held for ever.
 
     Python's locks that are written in Python, Condition's and with it those of Future, Queue, Event and Thread, are
     taken one bytecode before `with` knows of it (bpo-29988).
 
     Raises:
-        Stopped: there was a signal.
+        StopSignal: there was a signal.
     """
     if threading.current_thread() is not threading.main_thread():
         return executor.submit(work, *args, **kwargs)
-    with deferred():
+    with defer_signals():
         return executor.submit(work, *args, **kwargs)
 
 
-def wait_for(*futures: Future[Any]) -> None:
+def wait_interruptible(*futures: Future[Any]) -> None:
     """Until all are done or one has failed; for the same reason a signal breaks it off from time to time only.
 
     Raises:
-        Stopped: there was a signal, at most WAIT_S ago.
+        StopSignal: there was a signal, at most WAIT_S ago.
     """
     if threading.current_thread() is not threading.main_thread():
         wait(futures, return_when=FIRST_EXCEPTION)
         return
     ended = False
     while not ended:
-        with deferred():
-            done = wait(futures, WAIT_S, FIRST_EXCEPTION).done
+        with defer_signals():
+            done = wait(futures, POLL_S, FIRST_EXCEPTION).done
             ended = len(done) == len(futures) or any(future.exception() for future in done)

@@ -23,6 +23,7 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.schema import OptunaConfig
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import locked
 from pusht_act.sweeps.pruning import STORAGE, STUDY, reason
 from pusht_act.sweeps.state import FINISHED, Job, load_job
@@ -39,7 +40,7 @@ def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
     """All trials of the overrides `arguments` and hydra.sweeper.params that are not finished.
 
     Raises:
-        ValueError: an option is impossible, there is nothing to choose or a trial was not evaluated.
+        UserError: an option is impossible, there is nothing to choose or a trial was not evaluated.
         FileExistsError: another process is at this sweep.
     """
     config: DictConfig = sweeper.config
@@ -71,7 +72,7 @@ def search_space(overrides: Sequence[Override]) -> tuple[dict[str, "BaseDistribu
     """What there is to choose, by key, and the overrides of all trials; for a key given twice the later one counts.
 
     Raises:
-        ValueError: there is nothing to choose, or an override is impossible.
+        UserError: there is nothing to choose, or an override is impossible.
     """
     space: dict[str, BaseDistribution] = {}
     fixed: dict[str, str] = {}
@@ -84,7 +85,7 @@ def search_space(overrides: Sequence[Override]) -> tuple[dict[str, "BaseDistribu
         else:
             fixed[key] = str(override.input_line)
     if not space:
-        raise ValueError(
+        raise UserError(
             "hydra/sweeper=optuna has nothing to choose: give a key several values, such as "
             "'policy.optimizer_lr=tag(log, interval(1e-5,1e-2))' or policy.chunk_size=8,16"
         )
@@ -98,7 +99,7 @@ def _distribution(override: Override) -> "BaseDistribution":
     value = override.value()
     tags: set[str] = getattr(value, "tags", set())
     if unread := tags - ({"log"} if override.is_interval_sweep() else set()):
-        raise ValueError(f"{override.input_line}: the tag {', '.join(unread)} means nothing, give tag(log, interval())")
+        raise UserError(f"{override.input_line}: the tag {', '.join(unread)} means nothing, give tag(log, interval())")
     try:
         if override.is_interval_sweep():
             whole = isinstance(value.start, int) and isinstance(value.end, int)
@@ -106,13 +107,13 @@ def _distribution(override: Override) -> "BaseDistribution":
         if override.is_range_sweep():
             values = [round(each, 12) for each in value.range()]  # 0.1 + 0.2 is 0.3
             if not values:
-                raise ValueError("there is nothing in it")
+                raise UserError("there is nothing in it")
             whole = isinstance(values[0], int)
             kind = IntDistribution if whole else FloatDistribution
             return kind(min(values), max(values), step=abs(value.step))
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     except ValueError as error:
-        raise ValueError(f"{override.input_line}: {error}") from error
+        raise UserError(f"{override.input_line}: {error}") from error
 
 
 def _check(options: OptunaConfig) -> None:
@@ -126,14 +127,14 @@ def _check(options: OptunaConfig) -> None:
     }
     for key, (value, smallest) in least.items():
         if value < smallest:
-            raise ValueError(f"hydra.sweeper.{key}={value} is too small: give {smallest} or more")
+            raise UserError(f"hydra.sweeper.{key}={value} is too small: give {smallest} or more")
 
 
 def _study(directory: Path, options: OptunaConfig) -> "Study":
     """The sweep's, which is made if need be.
 
     Raises:
-        ValueError: it cannot be read.
+        UserError: it cannot be read.
     """
     import optuna
 
@@ -146,7 +147,7 @@ def _study(directory: Path, options: OptunaConfig) -> "Study":
             load_if_exists=True,
         )
     except Exception as error:  # SQLAlchemy's and Optuna's, of many kinds
-        raise ValueError(f"{directory / STORAGE} cannot be read ({reason(error)}): begin another sweep") from error
+        raise UserError(f"{directory / STORAGE} cannot be read ({reason(error)}): begin another sweep") from error
 
 
 def _suggest(study: "Study", number: int, space: dict[str, "BaseDistribution"], options: OptunaConfig) -> list[str]:
@@ -193,7 +194,7 @@ def _report(study: "Study", found: Job) -> None:
     if found.state == "pruned":
         study.tell(found.number, state=TrialState.PRUNED)
     elif found.objective is None:
-        raise ValueError(
+        raise UserError(
             f"job {found.number} was not evaluated, so it has no {found.metric} to compare trials by: give eval_freq="
         )
     else:

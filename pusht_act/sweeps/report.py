@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pusht_act.runtime.signals import check
+from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.signals import raise_if_stopped
 from pusht_act.sweeps.slurm import explain_submit_error, wait_for_array
 from pusht_act.sweeps.table import format_best, format_jobs
 
@@ -19,8 +20,8 @@ def sweep_summary() -> Iterator[None]:
     """Within this a sweep may run; in the end a table shows its jobs, however it ends.
 
     Raises:
-        ValueError: some jobs are not done.
-        Stopped: by a signal.
+        UserError: some jobs are not done.
+        StopSignal: by a signal.
     """
     SweepCallback.directory = SweepCallback.hydra_node = None
     found: list[Job] = []
@@ -28,12 +29,12 @@ def sweep_summary() -> Iterator[None]:
     broken: RuntimeError | None = None
     try:
         yield
-        check()  # a signal was passed on to the jobs, which have left
+        raise_if_stopped()  # a signal was passed on to the jobs, which have left
     except FileExistsError:  # the sweep is another process's, and so is its table
         SweepCallback.directory = None
         raise
     except RuntimeError as error:  # submitit's or joblib's, of a job whose process was killed: the table shows that
-        check()
+        raise_if_stopped()
         broken = error
         if SweepCallback.hydra_node is not None:
             wait_for_array(SweepCallback.hydra_node)
@@ -47,8 +48,8 @@ def sweep_summary() -> Iterator[None]:
                 print(f"to go on: pusht-act -m sweep.resume={directory}", flush=True)
     if undone:
         reasons = [f" (job {each.number}: {each.error})" for each in undone if each.error]
-        raise ValueError(f"{len(undone)} of {len(found)} jobs are not done{''.join(reasons[:1])}") from broken
+        raise UserError(f"{len(undone)} of {len(found)} jobs are not done{''.join(reasons[:1])}") from broken
     if broken is not None:
         if directory is None:
             raise broken
-        raise ValueError(f"the sweep's jobs could not be begun: {explain_submit_error(broken)}") from broken
+        raise UserError(f"the sweep's jobs could not be begun: {explain_submit_error(broken)}") from broken

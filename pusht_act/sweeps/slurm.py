@@ -8,6 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pusht_act.runtime.errors import UserError
+
 LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
 
@@ -15,14 +17,14 @@ def sbatch_script(hydra_node: DictConfig, n_jobs: int) -> str:
     """The script of `n_jobs` jobs under the options of `hydra_node.launcher`, an array if there are several.
 
     Raises:
-        ValueError: they are another launcher's, or no such options.
+        UserError: they are another launcher's, or no such options.
     """
     from submitit.slurm.slurm import SlurmExecutor, _convert_mem, _make_sbatch_string  # the plugin is pinned
 
     options: dict[str, Any] = dict(OmegaConf.to_container(hydra_node.launcher, resolve=True))  # type: ignore[arg-type]
     if (target := options.pop("_target_")) != LAUNCHER:
         name = target.rpartition(".")[2]
-        raise ValueError(f"cluster.dry_run=true shows what SLURM would be given, not {name}: give cluster=slurm")
+        raise UserError(f"cluster.dry_run=true shows what SLURM would be given, not {name}: give cluster=slurm")
     folder = Path(options.pop("submitit_folder")).expanduser().absolute()
     options.pop("max_num_timeout")
     names = SlurmExecutor._equivalence_dict()

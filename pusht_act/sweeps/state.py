@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pusht_act.config.schema import Metric
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import NAME as LOCK
 from pusht_act.runtime.lock import Holder
 
@@ -104,7 +105,7 @@ def read_identity(directory: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
+        raise UserError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
     return overrides
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import held_by
 from pusht_act.sweeps.state import IDENTITY, Job, load_jobs
 from pusht_act.sweeps.table import format_jobs
@@ -55,7 +56,7 @@ def show(directory: Path, every: float) -> None:
 
     Raises:
         FileNotFoundError: it holds neither a sweep nor a run.
-        ValueError: it cannot be read.
+        UserError: it cannot be read.
     """
     back = ""
     while True:
@@ -76,13 +77,13 @@ def jobs_of(directory: Path) -> list[Job]:
 
     Raises:
         FileNotFoundError: it holds neither.
-        ValueError: it cannot be read.
+        UserError: it cannot be read.
     """
     if (directory / IDENTITY).exists():
         try:
             found = load_jobs(directory)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{directory / IDENTITY} is damaged ({error}): give the folder of one of its runs"
             ) from error
         for each in found:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.schema import Metric, Mode
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import Holder
 
 if TYPE_CHECKING:
@@ -49,18 +50,18 @@ def expand_resume_args(argv: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: there is no such sweep.
-        ValueError: the command, or the folder it names, is of another sweep.
+        UserError: the command, or the folder it names, is of another sweep.
     """
     given = dict(argument.partition("=")[::2] for argument in argv)
     multirun = not {"-m", "--multirun"}.isdisjoint(argv)
     if given.get("cluster.dry_run", "false").lower() == "true" and not multirun:
-        raise ValueError("cluster.dry_run=true shows the script of a sweep: give -m too")
+        raise UserError("cluster.dry_run=true shows the script of a sweep: give -m too")
     if multirun and given.get("mode") == "status":
-        raise ValueError("mode=status looks at one sweep or run and begins none: leave -m out")
+        raise UserError("mode=status looks at one sweep or run and begins none: leave -m out")
     named = given.get("sweep.resume", "null")
     if named != "null":
         if not multirun:
-            raise ValueError(f"sweep.resume={named} goes on with a sweep: give -m too")
+            raise UserError(f"sweep.resume={named} goes on with a sweep: give -m too")
         began = read_identity(Path(named))
         if began is None:
             raise FileNotFoundError(
@@ -68,7 +69,7 @@ def expand_resume_args(argv: Sequence[str]) -> list[str]:
             )
         rest = [each for each in recorded_overrides(argv) if each != f"sweep.resume={named}"]
         if other := [each for each in result_overrides(rest) if each not in began]:
-            raise ValueError(
+            raise UserError(
                 f"{' '.join(other)}: the sweep in {named} goes on as it was begun; leave it out, or begin another one"
             )
         elsewhere = [each for each in rest if each.startswith(LAUNCH_KEYS)]
@@ -78,7 +79,7 @@ def expand_resume_args(argv: Sequence[str]) -> list[str]:
     if multirun and (folder := given.get("hydra.sweep.dir")) and (began := read_identity(Path(folder))) is not None:
         was, now = result_overrides(began), result_overrides(recorded_overrides(argv))
         if now != was:
-            raise ValueError(
+            raise UserError(
                 f"hydra.sweep.dir={folder} holds another sweep ({describe_difference(was, now)}): give the same "
                 "overrides to go on with it, or another hydra.sweep.dir="
             )
@@ -124,7 +125,7 @@ def run_sweep_job(
         ended = replace(began, state=state, step=result.step, objective=result.metrics.get(began.metric))
     except Exception as error:  # whatever it is, the other jobs go on
         ended = replace(began, state="failed", failures=began.failures + 1, error=explain(error))
-        log.error("job %d: %s", number, ended.error, exc_info=not isinstance(error, ValueError | OSError))
+        log.error("job %d: %s", number, ended.error, exc_info=not isinstance(error, UserError | OSError))
     finally:
         write_job(directory, replace(ended, seconds=time.monotonic() - start))
     return ended.objective
@@ -135,7 +136,7 @@ def _check_same(directory: Path, number: int, overrides: list[str]) -> None:
     grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
     was, now = result_overrides(grid[number] if number < len(grid) else []), result_overrides(overrides)
     if was and was != now:
-        raise ValueError(
+        raise UserError(
             f"job {number} of the sweep in {directory} {describe_difference(was, now)}: conf/ has changed since; "
             "begin another sweep"
         )

@@ -32,7 +32,7 @@ from pusht_act.evaluation.evaluate import Evaluation, evaluate
 from pusht_act.policy.act import Processors
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runtime.signals import Stopped, at_once, wait_for
+from pusht_act.runtime.signals import StopSignal, interruptible, wait_interruptible
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ Report = Callable[[int, dict[str, float]], bool]
 """Takes a step and the metrics of its evaluation; whether the run is not worth going on with."""
 
 
-def due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     """Whether `step` is one of those `every` so many; 0: never."""
     return every > 0 and step % every == 0
 
@@ -90,7 +90,7 @@ class Evaluations:
 
     def due(self, step: int) -> bool:
         """Whether the policy of `step` is to be evaluated."""
-        return due(step, self.config.eval_freq) or (step == self.config.steps and self.config.eval_freq > 0)
+        return is_due(step, self.config.eval_freq) or (step == self.config.steps and self.config.eval_freq > 0)
 
     def gives_up(self, step: int) -> bool:
         """Whether the run is to end at `step`, before its last, as it is not worth going on with."""
@@ -160,7 +160,7 @@ class Evaluations:
         newest = max(step for step in needed if step is not None)  # a later one is not saved yet
         for step in [step for step in self.state.spare if step not in needed and step < newest]:
             self.state.spare.remove(step)
-            asked_for = due(step, self.config.save_freq) or due(step, self.config.checkpoints.keep_every)
+            asked_for = is_due(step, self.config.save_freq) or is_due(step, self.config.checkpoints.keep_every)
             if not asked_for and (folder := self._folder(step)).is_dir():
                 try:
                     remove(folder)
@@ -183,7 +183,7 @@ class Evaluations:
             self._coming = self.thread.submit(self._evaluate, step, policy, None)
         else:
             self._coming = Future()
-            with suppress(Stopped), at_once():
+            with suppress(StopSignal), interruptible():
                 self._coming.set_result(self._evaluate(step, policy, f"evaluating {step}"))
             self.collect()
 
@@ -213,8 +213,8 @@ class Evaluations:
 
 def _wait_for(coming: Future[Evaluation]) -> None:
     """Until it is there, or there is a signal."""
-    with suppress(Stopped), at_once():
-        wait_for(coming)
+    with suppress(StopSignal), interruptible():
+        wait_interruptible(coming)
 
 
 def unevaluated(start: Checkpoint, state: TrainerState, steps: int) -> Path | None:

@@ -30,7 +30,8 @@ from pusht_act.policy.act import (
 from pusht_act.policy.fast_dropout import Dropout, build_dropout
 from pusht_act.policy.optim import make_optimizer, override_restored_hparams
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runtime.distributed import Word, rank, size, tell
+from pusht_act.runtime.distributed import Word, rank, tell, world_size
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.malloc import keep_freed_memory
 from pusht_act.runtime.seeding import seed_initialisation, seed_training_noise
 from pusht_act.training.async_evaluation import Report, unevaluated
@@ -67,7 +68,7 @@ def build_trainer(config: Config, lerobot: LeRobotConfig, start: Checkpoint | No
     statistics that its weights were trained with stay with them. Writes nothing but the cache.
 
     Raises:
-        ValueError: a configuration that does not fit the data or the checkpoint.
+        UserError: a configuration that does not fit the data or the checkpoint.
     """
     frames = open_dataset(config, lerobot)
     train_episodes, eval_episodes = split_episodes(frames, lerobot.dataset.episodes, lerobot.dataset.eval_split)
@@ -99,7 +100,7 @@ def build_trainer(config: Config, lerobot: LeRobotConfig, start: Checkpoint | No
         frames.repo_id, len(train_episodes), len(order),
         f" ({len(eval_episodes)} episodes held out)" if eval_episodes else "",
         sum(p.numel() for p in policy.parameters()) / 1e6, lerobot.policy.device,
-        f", in {size()} processes with {config.batch_size // size()} samples of a batch each" if size() > 1 else "",
+        _ranks(config),
     )  # fmt: skip
     if bf16_is_emulated(lerobot.policy, config.train.precision):
         log.warning(
@@ -109,6 +110,12 @@ def build_trainer(config: Config, lerobot: LeRobotConfig, start: Checkpoint | No
     loss = build_loss(config.train, torch.device(str(lerobot.policy.device)))
     dropout = build_dropout(config.train, lerobot.policy)
     return Setup(objects, data, order, loss, dropout, held_out, state, start, cut_short)
+
+
+def _ranks(config: Config) -> str:
+    """Say how many ranks share a batch, if there are several."""
+    n = world_size()
+    return f", on {n} ranks with {config.batch_size // n} samples of a batch each" if n > 1 else ""
 
 
 def roll_back(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, diverged: DivergedError) -> Setup:
@@ -163,18 +170,18 @@ def _check_fits(model: Path, policy: ACTConfig, repo_id: str, inputs: dict[str, 
     try:
         saved = json.loads((model / "config.json").read_text())
     except ValueError as error:
-        raise ValueError(f"{model / 'config.json'} is damaged ({error}): give another checkpoint") from error
+        raise UserError(f"{model / 'config.json'} is damaged ({error}): give another checkpoint") from error
     has = {key: [feature.type.name, list(feature.shape)] for key, feature in (inputs | outputs).items()}
     features = (saved.get("input_features") or {}) | (saved.get("output_features") or {})
     if {key: [feature["type"], feature["shape"]] for key, feature in features.items()} != has:
-        raise ValueError(
+        raise UserError(
             f"dataset {repo_id} has {', '.join(has)}, the checkpoint's policy was made for {', '.join(features)}: "
             "give a data set that fits it"
         )
     mapping = {key: mode.name for key, mode in policy.normalization_mapping.items()}
     if mapping != saved.get("normalization_mapping", mapping):
         given, its = (json.dumps(each).replace('"', "") for each in (mapping, saved["normalization_mapping"]))
-        raise ValueError(
+        raise UserError(
             f"policy.normalization_mapping={given}, but {model} was trained with its own: "
             f"give '+policy.normalization_mapping={its}'"
         )
@@ -187,10 +194,10 @@ def _resumed_state(
     override_restored_hparams(objects.optimizer, objects.scheduler, lerobot.optimizer, lerobot.policy)
     if rank() and not checkpoints.load_rng_state(start, rank()):
         seed_training_noise(config.seed, rank())
-    if rank() == 0 and (then := checkpoints.saved_world_size(start)) != size():
+    if rank() == 0 and (then := checkpoints.saved_world_size(start)) != world_size():
         log.warning(
             "processes: %d, the checkpoint's were %d: the data order goes on where it was, dropout and VAE noise are "
-            "others", size(), then,
+            "others", world_size(), then,
         )  # fmt: skip
     batch_size, processes = checkpoints.saved_batch_size_and_world(start)
     if batch_size not in (None, config.batch_size) and rank() == 0:
@@ -208,5 +215,12 @@ def make_step(config: Config, lerobot: LeRobotConfig, setup: Setup) -> TrainStep
     recorder = build_graph_backend(config.train, torch.device(str(lerobot.policy.device)))
     clip, precision = lerobot.optimizer.grad_clip_norm, config.train.precision
     return TrainStep(
-        setup.objects, setup.data, config.batch_size // size(), clip, precision, setup.loss, recorder, setup.dropout
+        setup.objects,
+        setup.data,
+        config.batch_size // world_size(),
+        clip,
+        precision,
+        setup.loss,
+        recorder,
+        setup.dropout,
     )

@@ -10,10 +10,11 @@ from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
 from pusht_act.config.schema import TrainConfig
 from pusht_act.data.loader import Batch
 from pusht_act.policy.act import act_loss, autocast
+from pusht_act.runtime.errors import UserError
 from pusht_act.training.metrics import MetricAccumulator
 
 
-class DivergedError(ValueError):
+class DivergedError(UserError):
     """There is no use in going on from here."""
 
     def __init__(self, reason: str, step: int) -> None:
@@ -21,7 +22,7 @@ class DivergedError(ValueError):
         self.step = step
 
 
-def check(
+def check_finite(
     config: TrainConfig,
     objects: TrainComponents,
     state: TrainerState,

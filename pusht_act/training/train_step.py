@@ -30,7 +30,8 @@ from pusht_act.config.schema import TrainConfig
 from pusht_act.data.loader import Batch, BatchIndices, BatchLoader
 from pusht_act.policy.act import act_loss, autocast, valid_counts
 from pusht_act.policy.fast_dropout import Dropout
-from pusht_act.runtime.distributed import add_up, size
+from pusht_act.runtime.distributed import all_reduce_sum, world_size
+from pusht_act.runtime.errors import UserError
 from pusht_act.training.cuda_graphs import CudaGraphCallable, CudaGraphs, Recorder, capturable_lr
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def train_step(
         value, parts = loss(policy, batch, counts)
     value.backward()  # type: ignore[no-untyped-call]
     losses = {"loss": value.detach(), **parts}
-    add_up([*losses.values(), *(p.grad for p in policy.parameters() if p.grad is not None)])
+    all_reduce_sum([*losses.values(), *(p.grad for p in policy.parameters() if p.grad is not None)])
     grad_norm = clip_grad_norm_(policy.parameters(), grad_clip_norm if grad_clip_norm > 0 else float("inf"))
     skipped = 1.0 - (losses["loss"].isfinite() & grad_norm.isfinite()).float()
     objects.optimizer.found_inf = skipped  # type: ignore[attr-defined] # the fused kernel's, as GradScaler sets it
@@ -76,13 +77,13 @@ def _with_global_counts(share: Batch) -> tuple[Batch, Tensor | None]:
 
     An epoch's last batch may have nothing for a process, which then takes a row of padding: that counts nothing.
     """
-    if size() == 1:
+    if world_size() == 1:
         return share, None
     if not len(share["action_is_pad"]):
         share = {key: value.new_zeros(1, *value.shape[1:]) for key, value in share.items() if isinstance(value, Tensor)}
         share["action_is_pad"] = ~share["action_is_pad"]
     counts = valid_counts(share)
-    add_up([counts])
+    all_reduce_sum([counts])
     return share, counts
 
 
@@ -146,16 +147,16 @@ def build_graph_backend(options: TrainConfig, device: torch.device) -> Recorder 
     """What captures a step on `device`; None on the CPU, for train.profile, which looks into a step, and where several
     processes add up their gradients in its middle.
     """
-    if device.type == "cuda" and size() > 1:
-        log.info("%d processes: a step is launched operation by operation, not as a CUDA graph", size())
-    return CudaGraphs(device) if device.type == "cuda" and not options.profile and size() == 1 else None
+    if device.type == "cuda" and world_size() > 1:
+        log.info("%d processes: a step is launched operation by operation, not as a CUDA graph", world_size())
+    return CudaGraphs(device) if device.type == "cuda" and not options.profile and world_size() == 1 else None
 
 
 def build_loss(options: TrainConfig, device: torch.device) -> Loss:
     """`act_loss`, compiled if train.compile, or else the device, says so.
 
     Raises:
-        ValueError: train.compile=true, and nothing can be compiled on this machine.
+        UserError: train.compile=true, and nothing can be compiled on this machine.
     """
     if not (device.type == "cuda" if options.compile is None else options.compile):
         return act_loss
@@ -165,7 +166,7 @@ def build_loss(options: TrainConfig, device: torch.device) -> Loss:
     except Exception as error:  # the compiler has many kinds
         reason = " ".join(str(error).split())[:200]
         if options.compile:
-            raise ValueError(
+            raise UserError(
                 f"train.compile=true: nothing can be compiled on this machine ({reason}): install a C++ compiler and "
                 "Python's headers, or give train.compile=false"
             ) from error

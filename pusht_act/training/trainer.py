@@ -22,12 +22,12 @@ from pusht_act.policy.act import act_loss, autocast
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import Word, tell
-from pusht_act.runtime.signals import deferred
+from pusht_act.runtime.signals import defer_signals
 from pusht_act.training.async_checkpoint import saving
-from pusht_act.training.async_evaluation import due, evaluating
+from pusht_act.training.async_evaluation import evaluating, is_due
 from pusht_act.training.build import Setup, make_step, roll_back
 from pusht_act.training.metrics import MetricAccumulator
-from pusht_act.training.nan_guard import DivergedError, check
+from pusht_act.training.nan_guard import DivergedError, check_finite
 from pusht_act.training.profiler import profiling
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, rec
     Raises:
         DivergedError: training did, and going back to a checkpoint has not helped or is not possible.
         OSError: the last checkpoint cannot be written; one before that fails is a warning.
-        Stopped: by a signal, at the end of a step, which is saved.
+        StopSignal: by a signal, at the end of a step, which is saved.
     """
     state = setup.state
     with Metrics(config, run, state.step, state.wandb_run_id, state.pending, state.rollbacks) as metrics:
@@ -82,7 +82,7 @@ def _train(
         evaluating(config, lerobot.env, objects, state, run, metrics, setup.report) as evaluations,
         saving(config, lerobot, run, objects, state, record, evaluations) as saver,
         closing(setup.data.iter_batches(order, config.batch_size)) as inputs,
-        deferred() as stop,
+        defer_signals() as stop,
     ):
         if setup.unevaluated is not None:
             evaluations.begin_again(setup.unevaluated)
@@ -101,34 +101,34 @@ def _train(
             progress.update(time.perf_counter() - began)
 
             last = step == config.steps
-            logs = due(step, config.log_freq) or last
+            logs = is_due(step, config.log_freq) or last
             evaluates = evaluations.due(step)
-            saves = due(step, config.save_freq) or last
+            saves = is_due(step, config.save_freq) or last
             if logs or evaluates or saves:
-                check(config.train, objects, state, window, batch if evaluates or saves else None, step)
+                check_finite(config.train, objects, state, window, batch if evaluates or saves else None, step)
             if logs:
                 means = {**window.means(), "lr": objects.optimizer.param_groups[0]["lr"]}
                 metrics.log("train", {**means, "samples_per_s": progress.rate * config.batch_size}, step)
                 progress.report(step, means)
                 window = MetricAccumulator()
             profile.end("logging")
-            if due(step, config.eval_steps):
+            if is_due(step, config.eval_steps):
                 _validate(config, setup, metrics, step)
             saver.collect(wait=evaluates)  # what was not saved cannot be the best
             evaluations.collect(wait=evaluates or last)
             if evaluates and not evaluations.gives_up(step):
                 evaluations.begin(step)
             profile.end("eval")
-            stops = stop.asked or evaluations.gives_up(step)  # from here on a signal is the next step's
-            wanted = stop.wants_checkpoint() or stops
+            stops = stop.stop_requested or evaluations.gives_up(step)  # from here on a signal is the next step's
+            wanted = stop.pop_checkpoint_request() or stops
             if wanted and not saves:
-                check(config.train, objects, state, window, batch, step)
+                check_finite(config.train, objects, state, window, batch, step)
             if config.save_checkpoint and (saves or evaluations.wants_checkpoint(step, wanted)):
                 state.step, state.sampler, state.window = step, order.state_dict(), window.sums()
                 saver.begin()
             profile.end_step("saving")
             if stops:
-                stop.check(step, saver.finished())
+                stop.raise_if_stopped(step, saver.finished())
                 return Training(step, means, saver.newest, evaluations.newest, gave_up=True)
     return Training(config.steps, means, saver.newest, evaluations.newest)
 

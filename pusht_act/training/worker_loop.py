@@ -6,8 +6,8 @@ from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.checkpoint_io import rng_states
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
-from pusht_act.runtime.distributed import Word, connect, together, told
-from pusht_act.runtime.signals import deferred
+from pusht_act.runtime.distributed import Word, connect, raise_on_any_rank, told
+from pusht_act.runtime.signals import defer_signals
 from pusht_act.training.build import Setup, back_at, build_trainer, make_step
 
 
@@ -17,16 +17,16 @@ def set_up_together(config: Config, lerobot: LeRobotConfig, start: Checkpoint | 
     Raises:
         ValueError, OSError: as `build_trainer`, in any of them.
     """
-    with together():
+    with raise_on_any_rank():
         setup = build_trainer(config, lerobot, start)
-    with together():
+    with raise_on_any_rank():
         connect(str(lerobot.policy.device), setup.objects.policy.state_dict().values())
     return setup
 
 
 def train_along(config: Config, lerobot: LeRobotConfig, setup: Setup) -> None:
     """This process's share of each step, as the first one says, until that says that it is over."""
-    with deferred():
+    with defer_signals():
         while True:
             checkpoint, number = _until_a_roll_back(config, lerobot, setup)
             setup = back_at(config, lerobot, setup, checkpoint, number)

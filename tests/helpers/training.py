@@ -6,10 +6,18 @@ from typing import Any
 
 import torch
 from lerobot.policies.act.configuration_act import ACTConfig
+from safetensors.torch import load_file
 
 from pusht_act.data.cache import FrameDataset
 from pusht_act.data.dataset import policy_features
-from tests.training.test_trainer import state_files
+
+
+def state_files(run: Path, processes: int = 1) -> dict[str, Any]:
+    """Everything numeric in a run's last checkpoint."""
+    last = run / "checkpoints" / "last"
+    tensors = {path.name: load_file(path) for path in last.rglob("*.safetensors")}
+    assert len(tensors) == 4 + processes, "model, two processors, optimizer, random streams"
+    return tensors
 
 
 def act(frames: FrameDataset, **options: Any) -> ACTConfig:

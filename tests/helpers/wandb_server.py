@@ -10,7 +10,17 @@ import pytest
 
 from pusht_act.runs import loggers as metrics_module
 from tests.helpers.wandb import forget_settings
-from tests.runs.test_services import ANSWER, HOLD_S
+
+HOLD_S, NOT_HELD_S = 600.0, 200.0
+"""For how long a hanging server holds a request, and what is surely less, on a machine with ten times its load too."""
+
+BUCKET = {
+    "id": "b", "name": "RUN", "displayName": "d", "description": "", "config": "{}", "sweepName": None,
+    "historyLineCount": 0, "project": {"id": "p", "name": "lerobot_pusht", "entity": {"id": "e", "name": "me"}},
+}  # fmt: skip
+
+ANSWER = {"data": {"serverInfo": {"features": []}, "upsertBucket": {"bucket": BUCKET, "inserted": True}}}
+"""As much of W&B's as its client needs to begin a run."""
 
 
 class Server(http.server.ThreadingHTTPServer):

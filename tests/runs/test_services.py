@@ -15,19 +15,11 @@ from pusht_act.runs.run_dir import RunDir
 from tests.helpers.commands import Commands
 from tests.helpers.runs import tiny_command
 from tests.helpers.wandb import config, forget_settings, history, lines, nobody
-from tests.helpers.wandb_server import Server
+from tests.helpers.wandb_server import NOT_HELD_S, Server
 
 __all__ = ["nobody"]
 
 STEPS = 200
-HOLD_S, NOT_HELD_S = 600.0, 200.0
-"""For how long a hanging server holds a request, and what is surely less, on a machine with ten times its load too."""
-BUCKET = {
-    "id": "b", "name": "RUN", "displayName": "d", "description": "", "config": "{}", "sweepName": None,
-    "historyLineCount": 0, "project": {"id": "p", "name": "lerobot_pusht", "entity": {"id": "e", "name": "me"}},
-}  # fmt: skip
-ANSWER = {"data": {"serverInfo": {"features": []}, "upsertBucket": {"bucket": BUCKET, "inserted": True}}}
-"""As much of W&B's as its client needs to begin a run."""
 
 
 def services() -> set[int]:

@@ -23,14 +23,14 @@ from pusht_act.job import Result
 from pusht_act.runtime.process_pool import imap
 from pusht_act.runtime.signals import (
     STOPPING,
-    Stopped,
-    at_once,
-    begin,
-    deferred,
-    in_charge,
-    listening,
-    wait_for,
-    withheld,
+    StopSignal,
+    block_signals,
+    defer_signals,
+    handle_signals,
+    handling_signals,
+    interruptible,
+    submit_uninterrupted,
+    wait_interruptible,
 )
 from tests.helpers.commands import Commands, appears
 from tests.helpers.evaluations import outcome
@@ -238,7 +238,7 @@ def test_in_a_slurm_job_sigterm_saves_and_training_goes_on(
 
 
 def _steps(number: int) -> None:
-    with listening(), deferred() as stop:
+    with handle_signals(), defer_signals() as stop:
         for step in range(9):
             if step == 2:
                 signal.raise_signal(number)
@@ -247,17 +247,17 @@ def _steps(number: int) -> None:
 
 
 def _broken_off(number: int) -> None:
-    with listening(), deferred() as stop:
-        with suppress(Stopped), at_once():
+    with handle_signals(), defer_signals() as stop:
+        with suppress(StopSignal), interruptible():
             signal.raise_signal(number)
             pytest.fail("it went on")
         stop.check(7)
 
 
 def _not_begun(number: int) -> None:
-    with listening(), deferred():
+    with handle_signals(), defer_signals():
         signal.raise_signal(number)
-        with at_once():
+        with interruptible():
             pytest.fail("it began")
 
 
@@ -269,8 +269,8 @@ def test_the_beginning_of_processes_is_not_broken_off(number: signal.Signals) ->
     thread.start()
     begun = False
     try:
-        with suppress(Stopped), listening():
-            with withheld():
+        with suppress(StopSignal), handle_signals():
+            with block_signals():
                 os.kill(os.getpid(), number)
                 time.sleep(0.05)
                 begun = True
@@ -286,16 +286,16 @@ def test_the_beginning_of_processes_is_not_broken_off(number: signal.Signals) ->
 def test_when_a_signal_is_heard(number: signal.Signals) -> None:
     former = signal.signal(number, signal.default_int_handler)
     try:
-        with pytest.raises(Stopped) as caught, listening():
+        with pytest.raises(StopSignal) as caught, handle_signals():
             signal.raise_signal(number)
         assert caught.value.code == 128 + number
         assert not isinstance(caught.value, Exception)
         for job, step in ((_steps, 3), (_broken_off, 7), (_not_begun, None)):
-            with pytest.raises(Stopped) as caught:
+            with pytest.raises(StopSignal) as caught:
                 job(number)
             assert caught.value.step == step
         assert signal.getsignal(number) is signal.default_int_handler
-        assert not in_charge()
+        assert not handling_signals()
     finally:
         signal.signal(number, former)
 
@@ -306,14 +306,14 @@ def test_one_that_a_destructor_swallows_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(Stopped), listening():
+    with pytest.raises(StopSignal), handle_signals():
         Swallows()
 
 
 def test_what_was_ignored_stays_so_and_another_thread_hears_nothing() -> None:
     former = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        with listening():
+        with handle_signals():
             signal.raise_signal(signal.SIGUSR1)
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     finally:
@@ -322,7 +322,7 @@ def test_what_was_ignored_stays_so_and_another_thread_hears_nothing() -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
-        with listening():
+        with handle_signals():
             seen.extend(signal.getsignal(number) for number in STOPPING)
 
     thread = threading.Thread(target=elsewhere)
@@ -359,8 +359,8 @@ def by_processes() -> None:
 
 def by_threads() -> None:
     with ThreadPoolExecutor(2) as threads:
-        futures = [begin(threads, abs, number) for number in range(-3, 0)]
-        wait_for(*futures)
+        futures = [submit_uninterrupted(threads, abs, number) for number in range(-3, 0)]
+        wait_interruptible(*futures)
         assert [future.result() for future in futures] == [3, 2, 1]
 
 
@@ -370,7 +370,7 @@ def test_a_signal_leaves_no_lock_behind(work: Callable[[], None]) -> None:
     try:
         while sent:
             nth += 1
-            with suppress(Stopped), listening(), signal_when_a_lock_is_taken(nth) as times:
+            with suppress(StopSignal), handle_signals(), signal_when_a_lock_is_taken(nth) as times:
                 work()
             sent = len(times) >= nth
     finally:

@@ -21,7 +21,7 @@ from pusht_act.checkpoints.checkpoint import latest_valid
 from pusht_act.checkpoints.manifest import find_corruption
 from pusht_act.job import Result
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runtime.signals import Stopped
+from pusht_act.runtime.signals import StopSignal
 from pusht_act.training import async_checkpoint as saving
 from pusht_act.training import train_step as step_module
 from tests.helpers.evaluations import OPTIONS, Killed, Late, outcome
@@ -137,7 +137,7 @@ def test_a_stop_amid_a_save_leaves_no_checkpoint_of_its_own_in_the_end(
 
     monkeypatch.setattr(step_module, "train_step", stopped_at_3)
     folder = tmp_path / "run" / "checkpoints"
-    with pytest.raises(Stopped):
+    with pytest.raises(StopSignal):
         tiny("steps=5", "save_freq=2")
     assert sorted(path.name for path in folder.glob("0*")) == ["000002", "000003"]
     pusht_act.run(["mode=resume", f"output_dir={tmp_path / 'run'}", "steps=5"])

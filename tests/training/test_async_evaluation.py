@@ -16,8 +16,6 @@ from tests.helpers.evaluations import OPTIONS, Killed, Late, outcome
 from tests.helpers.training import assert_same_bits, metrics
 
 Tiny = Callable[..., Result]
-REWARDS = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.1}
-"""Of the evaluations of these steps: the best comes to be so and is to stay so."""
 
 
 @pytest.fixture

@@ -228,43 +228,43 @@ def test_submitits_tasks_are_processes_of_one_job(monkeypatch: pytest.MonkeyPatc
     for name in names:
         monkeypatch.setenv(name, "")  # to be put back in the end
         monkeypatch.delenv(name)
-    assert not distributed._launched_together()
+    assert not distributed._is_distributed_launch()
     task = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "1", "LOCAL_LOCALID": "0", "LOCAL_GLOBALID": "0"}
     for name, value in task.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    assert not distributed._launched_together()
+    assert not distributed._is_distributed_launch()
     for name, value in {"NTASKS": "4", "JOB_NUM_NODES": "2", "LOCALID": "1", "GLOBALID": "3"}.items():
         monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", value)
-    assert distributed._launched_together()
+    assert distributed._is_distributed_launch()
     assert [os.environ[name] for name in names[:5]] == ["3", "4", "1", "2", socket.gethostname()]
     monkeypatch.delenv("RANK")
     with pytest.raises(ValueError, match="WORLD_SIZE=4 in the environment, but no RANK: .*torchrun, or unset"):
-        distributed._launched_together()
+        distributed._is_distributed_launch()
 
 
 @pytest.mark.parametrize(("local_rank", "sees"), [(0, "4"), (1, "GPU-5"), (2, "")])
 def test_a_process_sees_its_own_gpu_alone(local_rank: int, sees: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
-    distributed._see_one_gpu(local_rank)
+    distributed._set_visible_gpu(local_rank)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
-    distributed._see_one_gpu(local_rank)
+    distributed._set_visible_gpu(local_rank)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
 
 
 def test_a_signal_that_comes_after_the_loss_of_another_process_changes_nothing() -> None:
     def loses(number: int) -> None:
-        with signals.listening():
+        with signals.handle_signals():
             try:
-                with distributed._lost():
+                with distributed._peer_errors():
                     raise RuntimeError("[pair.cc:1] Connection closed")
             finally:
                 signal.raise_signal(number)
 
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with pytest.raises(distributed.Lost, match="Connection closed"):
+        with pytest.raises(distributed.PeerLostError, match="Connection closed"):
             loses(signal.SIGTERM)
-        with pytest.raises(signals.Stopped), signals.listening():
+        with pytest.raises(signals.StopSignal), signals.handle_signals():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, former)

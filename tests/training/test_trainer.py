@@ -101,14 +101,6 @@ def test_the_fused_update_is_that_of_lerobots_adamw(keypoints_dataset: Path) -> 
     assert optimizers[0].state_dict()["param_groups"] == optimizers[1].state_dict()["param_groups"]
 
 
-def state_files(run: Path, processes: int = 1) -> dict[str, Any]:
-    """Everything numeric in a run's last checkpoint."""
-    last = run / "checkpoints" / "last"
-    tensors = {path.name: load_file(path) for path in last.rglob("*.safetensors")}
-    assert len(tensors) == 4 + processes, "model, two processors, optimizer, random streams"
-    return tensors
-
-
 @pytest.mark.parametrize("scheduler", [False, True])
 @pytest.mark.parametrize("at", [3, 20])
 def test_n_steps_resume_n_more_equals_2n_bit_for_bit(tiny: Tiny, tmp_path: Path, scheduler: bool, at: int) -> None:
