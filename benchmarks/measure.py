@@ -231,7 +231,7 @@ def record(args: Any) -> dict[str, Any]:
     }
 
 
-def reported(found: dict[str, Any], rows: Sequence[dict[str, Any]], output: Path) -> None:
+def told(found: dict[str, Any], rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Print the head and the rows as a Markdown table; write both to `output`."""
     where = found["machine"]
     print(

@@ -76,7 +76,7 @@ def run_job(
     checked = to_config(cfg)
     if cfg.print_lerobot_command:
         config, start = _resolve_config(cfg, overrides, choices)
-        print(lerobot_command(config, start.model if start is not None else None))
+        print(lerobot_command(config, start.model_dir if start is not None else None))
         return Result(Path(cfg.output_dir))
     check_processes(cfg.mode, cfg.train.profile, world_size())
     if cfg.mode is Mode.eval:
@@ -114,7 +114,7 @@ def _resolve_config(
     if cfg.mode is Mode.resume:
         cfg.output_dir = str(resolve_run_dir(cfg, overrides))
         checkpoint = checkpoint_to_resume(cfg, Path(cfg.output_dir))
-        check_safe_to_load(checkpoint.model)
+        check_safe_to_load(checkpoint.model_dir)
         config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
         if _is_finished(checkpoint, config):
             raise UserError(
@@ -123,7 +123,7 @@ def _resolve_config(
         return config, checkpoint
     config = to_config(cfg)
     if cfg.mode in TRAIN_MODES and (name := config.policy.get("pretrained_path")):
-        config.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model)
+        config.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model_dir)
     return config, None
 
 
@@ -137,7 +137,7 @@ def _resolve_checkpoint(name: str, key: str) -> Checkpoint:
         from pusht_act.checkpoints.hub import download
 
         checkpoint = Checkpoint(download(name, key))
-    check_safe_to_load(checkpoint.model)
+    check_safe_to_load(checkpoint.model_dir)
     return checkpoint
 
 
@@ -155,7 +155,7 @@ def _train(
         return _finished_result(config, run, start)
     check_share(config.batch_size, world_size())
     _check_can_push(config)
-    branches_off = start is None or start.run != run.path.resolve()
+    branches_off = start is None or start.run_dir != run.path.resolve()
     if again and has_no_checkpoint_yet(run):
         branches_off = False
     if branches_off:
@@ -266,9 +266,9 @@ def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str
     assert checkpoint is not None
     from pusht_act.envs.vector_env import make_vector_envs
 
-    step = checkpoint.step if checkpoint.training.is_dir() else 0
+    step = checkpoint.step if checkpoint.training_dir.is_dir() else 0
     given = any(override.startswith("output_dir=") for override in overrides)
-    run = RunDir(Path(config.output_dir) if given or checkpoint.run is None else checkpoint.run)
+    run = RunDir(Path(config.output_dir) if given or checkpoint.run_dir is None else checkpoint.run_dir)
     resolve_run_dir = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
     with make_vector_envs(config.eval) as envs:  # their processes start while torch is imported
         import_policies()
@@ -277,8 +277,8 @@ def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str
         from pusht_act.policy.act import load_policy, load_processors
 
         policy_config, env = decode_policy(config.policy), decode_env(config.env)
-        policy = load_policy(policy_config, checkpoint.model)
-        processors = load_processors(policy_config, checkpoint.model)
+        policy = load_policy(policy_config, checkpoint.model_dir)
+        processors = load_processors(policy_config, checkpoint.model_dir)
         evaluation = evaluate(policy, processors, envs, env, config.eval, directory=resolve_run_dir)
     log.info("%s: %s", checkpoint.directory, evaluation)
     log.info("written to %s", resolve_run_dir)

@@ -15,18 +15,18 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.forked import Commands
 from tests.fixtures.make import FIXTURES, MODES, NEUTRAL, RUN, files, machine, outcome, without_program
+from tests.helpers.commands import Commands
 
 RENAMED_KEYS: dict[str, str] = {}
 """Dotted keys of the configuration, or of whole sections of it: then -> now."""
-REMOVED_KEYS: set[str] = set()
+REMOVED_KEYS: set[str] = {"dagger"}
 """Those of then, by their old names, that there are no more, or whole sections."""
 ADDED_KEYS: set[str] = set()
 """Those that there were not, or whole sections."""
-REMOVED_JOBS: set[str] = set()
+REMOVED_JOBS: set[str] = {"dagger"}
 """Modes and experiments of then that there are no more."""
-HELP_CHANGES: dict[str, str] = {}
+HELP_CHANGES: dict[str, str] = {"mode: dagger, demos, eval": "mode: demos, eval"}
 """Texts in --help: then -> now."""
 RENAMED_FILES: dict[str, str] = {}
 """Names of files or folders that a run or a sweep leaves behind: then -> now."""

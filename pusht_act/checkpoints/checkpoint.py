@@ -21,20 +21,20 @@ log = logging.getLogger(__name__)
 class Checkpoint:
     """A model directory, with the training state beside it if a training run wrote it."""
 
-    model: Path
+    model_dir: Path
 
     @property
     def directory(self) -> Path:
         """The step's folder."""
-        return self.model.parent
+        return self.model_dir.parent
 
     @property
-    def training(self) -> Path:
+    def training_dir(self) -> Path:
         """The training state, beside the model."""
         return self.directory / "training_state"
 
     @property
-    def run(self) -> Path | None:
+    def run_dir(self) -> Path | None:
         """The run directory it lies in, if it does."""
         parent = self.directory.resolve().parent
         return parent.parent if parent.name == "checkpoints" else None
@@ -52,7 +52,7 @@ class Checkpoint:
             UserError: there is no training state, so it can be evaluated but not resumed.
         """
         try:
-            return int(json.loads((self.training / "training_step.json").read_text())["step"])
+            return int(json.loads((self.training_dir / "training_step.json").read_text())["step"])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self.directory} has no readable training_state/training_step.json, so nothing can be resumed from "
@@ -63,7 +63,7 @@ class Checkpoint:
     def pending(self) -> int | None:
         """The step whose evaluation was under way when it was written; None, too, where that cannot be read."""
         try:
-            pending: int | None = json.loads((self.training / METADATA_FILE).read_text())["pending"]
+            pending: int | None = json.loads((self.training_dir / METADATA_FILE).read_text())["pending"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return pending
@@ -94,7 +94,7 @@ def verify(checkpoint: Checkpoint, key: str, files: tuple[str, ...]) -> None:
     Raises:
         UserError: a file is missing or damaged; `key` names the option in the message.
     """
-    if checkpoint.model.name == "pretrained_model" and (wrong := verify_manifest(checkpoint.directory, files)):
+    if checkpoint.model_dir.name == "pretrained_model" and (wrong := verify_manifest(checkpoint.directory, files)):
         raise UserError(
             f"{key}: {checkpoint.directory}/{wrong}; give another checkpoint "
             f"(or delete its {MANIFEST} if you changed the file yourself)"

@@ -213,16 +213,18 @@ def load(checkpoint: Checkpoint, objects: TrainComponents) -> TrainerState:
     """
     try:
         # A run begun without a schedule has none to load: a schedule given on resume starts afresh.
-        scheduler = objects.scheduler if (checkpoint.training / "scheduler_state.json").exists() else None
+        scheduler = objects.scheduler if (checkpoint.training_dir / "scheduler_state.json").exists() else None
         step, _, _ = load_training_state(checkpoint.directory, objects.optimizer, scheduler)
-        path = checkpoint.training / METADATA_FILE
+        path = checkpoint.training_dir / METADATA_FILE
         if path.exists():
             return TrainerState(**json.loads(path.read_text()))
-        train_config = json.loads((checkpoint.model / "train_config.json").read_text())
+        train_config = json.loads((checkpoint.model_dir / "train_config.json").read_text())
         return TrainerState(step=step, wandb_run_id=(train_config.get("wandb") or {}).get("run_id"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{checkpoint.training} is missing or damaged ({reason}): resume from another one") from error
+        raise UserError(
+            f"{checkpoint.training_dir} is missing or damaged ({reason}): resume from another one"
+        ) from error
 
 
 def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
@@ -231,7 +233,7 @@ def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
     Raises:
         UserError: their file is damaged.
     """
-    path = checkpoint.training / _random_of(process)
+    path = checkpoint.training_dir / _random_of(process)
     if not path.exists():
         return False
     try:
@@ -243,7 +245,7 @@ def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
 
 def saved_world_size(checkpoint: Checkpoint) -> int:
     """How many processes have their random streams in it."""
-    return len(list(checkpoint.training.glob(f"{Path(RNG_STATE).stem}*")))
+    return len(list(checkpoint.training_dir.glob(f"{Path(RNG_STATE).stem}*")))
 
 
 def _random_of(process: int) -> str:

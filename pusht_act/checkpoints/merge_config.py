@@ -41,6 +41,13 @@ def merge_checkpoint_config(
         UserError: a group is chosen anew that the checkpoint has fixed, or its configuration cannot be read.
     """
     saved, saved_choices = _saved(checkpoint, resume)
+    # Written by 0.1, which had mode=dagger: the empty section of an ordinary run means nothing any more.
+    if resume and (labels := (saved.get("dagger") or {}).get("labels")):
+        raise UserError(
+            f"{checkpoint.directory} was trained with dagger.labels={labels}, and mode=dagger was removed: "
+            "it can be evaluated; train on with the version that wrote it, or start a new run"
+        )
+    saved = {key: value for key, value in saved.items() if key != "dagger"}
     merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # plain: a typed node refuses a dict
     assert isinstance(merged, DictConfig)
     for key, value in saved.items():
@@ -75,20 +82,20 @@ def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[s
     config: dict[str, Any] = {}
     choices: dict[str, str | None] = {}
     rates: dict[str, Any] = {}
-    if (ours := _read_json(checkpoint.model / METADATA_FILE)) is not None:
+    if (ours := _read_json(checkpoint.model_dir / METADATA_FILE)) is not None:
         config, choices = ours["config"], ours["choices"]
-    elif (stock := _read_json(checkpoint.model / "train_config.json")) is not None:
+    elif (stock := _read_json(checkpoint.model_dir / "train_config.json")) is not None:
         if resume:
             _check_resumable(stock, checkpoint)
         config, rates = _from_stock(stock), _stock_rates(stock)
-    policy = _read_json(checkpoint.model / "config.json")
+    policy = _read_json(checkpoint.model_dir / "config.json")
     assert policy is not None, "find_checkpoint has seen config.json"
     if policy.get("type") != "act":
         raise UserError(
-            f"{checkpoint.model} holds a policy of type {policy.get('type')}: this project trains and evaluates act"
+            f"{checkpoint.model_dir} holds a policy of type {policy.get('type')}: this project trains and evaluates act"
         )
     if policy.get("use_peft"):
-        raise UserError(f"{checkpoint.model} holds an adapter (use_peft), which is not trained here")
+        raise UserError(f"{checkpoint.model_dir} holds an adapter (use_peft), which is not trained here")
     del_keys = ("pretrained_path", "pretrained_revision", "use_peft")
     return {**config, "policy": {k: v for k, v in policy.items() if k not in del_keys} | rates}, choices
 
@@ -98,11 +105,11 @@ def _check_resumable(train: dict[str, Any], checkpoint: Checkpoint) -> None:
     dataset, optimizer = train.get("dataset") or {}, train.get("optimizer") or {}
     if dataset.get("streaming") or (dataset.get("image_transforms") or {}).get("enable"):
         raise UserError(
-            f"{checkpoint.model}: its data set was streamed or augmented (dataset.streaming, "
+            f"{checkpoint.model_dir}: its data set was streamed or augmented (dataset.streaming, "
             "dataset.image_transforms), which this project does not do"
         )
     if optimizer.get("type", "adamw") != "adamw":
-        raise UserError(f"{checkpoint.model} was trained with {optimizer['type']}, which this project does not use")
+        raise UserError(f"{checkpoint.model_dir} was trained with {optimizer['type']}, which this project does not use")
 
 
 def _from_stock(train: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def resolve_run_dir(cfg: DictConfig, overrides: list[str]) -> Path:
     """The run directory of a job that trains."""
     if cfg.mode is Mode.resume and cfg.resume.path is not None and not _output_dir_is_given(overrides):
         checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
-        if checkpoint.run is not None:
-            return checkpoint.run
+        if checkpoint.run_dir is not None:
+            return checkpoint.run_dir
     return Path(cfg.output_dir)
 
 
@@ -49,7 +49,7 @@ def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
         return last_checkpoint(RunDir(output_dir))
     checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
     verify(checkpoint, f"resume.path={cfg.resume.path}", ALL_FILES)
-    if checkpoint.run == output_dir.resolve():
+    if checkpoint.run_dir == output_dir.resolve():
         last, _ = latest_valid(RunDir(output_dir))
         if last is not None and last.step > checkpoint.step:
             raise UserError(
@@ -71,7 +71,7 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
         return None
     checkpoint = last_checkpoint(run, remedy="start afresh with overwrite=true")
     try:
-        was = json.loads((checkpoint.model / METADATA_FILE).read_text())["config"]
+        was = json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         was = {}
     if was.get("mode") not in (Mode.test.value, Mode.full.value):
@@ -98,7 +98,8 @@ def has_no_checkpoint_yet(run: RunDir) -> bool:
 def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
     """(key, its value then, its value now) of each that is not `free` to change; None where it has none."""
     then, now = (dict(pair for item in each.items() for pair in flatten(*item)) for each in (was, to_dict(config)))
-    for key in sorted(then.keys() | now.keys()):
+    removed = [key for key in then if key.startswith("dagger.")]  # written by 0.1, which had mode=dagger
+    for key in sorted((then.keys() | now.keys()) - {*removed}):
         new_field = key not in then and key.partition(".")[0] in OUR_SECTIONS  # its default is what was done before
         if then.get(key) != now.get(key) and not key.startswith(free) and not new_field:
             yield key, then.get(key), now.get(key)

@@ -59,7 +59,7 @@ def prune(run: RunDir, config: CheckpointsConfig, needed: Collection[int | None]
 def finish_cleanup(run: RunDir, config: Config, checkpoint: Checkpoint) -> None:
     """Do what a run that was killed after the save of its last `checkpoint` has left undone."""
     try:
-        state = json.loads((checkpoint.training / METADATA_FILE).read_text())
+        state = json.loads((checkpoint.training_dir / METADATA_FILE).read_text())
     except (OSError, ValueError):  # stock LeRobot's
         return
     folders = {int(path.name): path for path in run.checkpoints.iterdir() if path.name.isdigit()}

@@ -74,7 +74,7 @@ def build_trainer(config: Config, lerobot: LeRobotConfig, start: Checkpoint | No
     train_episodes, eval_episodes = split_episodes(frames, lerobot.dataset.episodes, lerobot.dataset.eval_split)
     inputs, outputs = policy_features(frames)
     pretrained = lerobot.policy.pretrained_path
-    loaded = start.model if start is not None else Path(pretrained) if pretrained is not None else None
+    loaded = start.model_dir if start is not None else Path(pretrained) if pretrained is not None else None
     if loaded is not None:
         _check_fits(loaded, lerobot.policy, frames.repo_id, inputs, outputs)
     lerobot.policy.input_features, lerobot.policy.output_features = inputs, outputs
@@ -144,8 +144,8 @@ def roll_back(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir,
 
 def back_at(config: Config, lerobot: LeRobotConfig, setup: Setup, checkpoint: Checkpoint, number: int) -> Setup:
     """`setup` after roll-back `number`, to `checkpoint`."""
-    policy = load_policy(lerobot.policy, checkpoint.model)
-    processors = load_processors(lerobot.policy, checkpoint.model)
+    policy = load_policy(lerobot.policy, checkpoint.model_dir)
+    processors = load_processors(lerobot.policy, checkpoint.model_dir)
     objects = _with_optimizer(config, lerobot, policy, processors)
     state = _resumed_state(config, lerobot, checkpoint, objects, setup.order)
     state.rollbacks, state.skipped = number, 0

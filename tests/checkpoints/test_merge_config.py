@@ -60,7 +60,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 def test_a_resume_is_the_run_that_was_begun(ours: Checkpoint) -> None:
     config = inherited(ours)
-    begun = json.loads((ours.model / "pusht_act.json").read_text())["config"]
+    begun = json.loads((ours.model_dir / "pusht_act.json").read_text())["config"]
     for key in ("seed", "batch_size", "log_freq", "eval_freq", "save_freq", "job_name", "env", "dataset", "demos"):
         assert _plain(getattr(config, key)) == begun[key], key
     assert config.optimizer == {"grad_clip_norm": 2}
@@ -70,10 +70,10 @@ def test_a_resume_is_the_run_that_was_begun(ours: Checkpoint) -> None:
 
 
 def test_a_field_younger_than_the_checkpoint_has_its_default(ours: Checkpoint, tmp_path: Path) -> None:
-    older = Checkpoint(Path(shutil.copytree(ours.model, tmp_path / "pretrained_model")))
-    record = json.loads((older.model / "pusht_act.json").read_text())
+    older = Checkpoint(Path(shutil.copytree(ours.model_dir, tmp_path / "pretrained_model")))
+    record = json.loads((older.model_dir / "pusht_act.json").read_text())
     record["config"]["demos"] = {"n_episodes": 4}
-    (older.model / "pusht_act.json").write_text(json.dumps(record))
+    (older.model_dir / "pusht_act.json").write_text(json.dumps(record))
     demos = inherited(older).demos
     assert (demos.n_episodes, demos.start_seed, demos.coverage) == (4, 2_000_000, 0.97)
 
@@ -162,7 +162,7 @@ def test_an_option_of_the_checkpoint_cannot_be_deleted(ours: Checkpoint) -> None
 
 
 def test_damaged_configuration_is_named(ours: Checkpoint, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(ours.model, tmp_path / "pretrained_model"))
+    copy = Path(shutil.copytree(ours.model_dir, tmp_path / "pretrained_model"))
     (copy / "pusht_act.json").write_text('{"config": ')
     with pytest.raises(ValueError, match=r"pusht_act.json is damaged .* give another checkpoint"):
         inherited(Checkpoint(copy))
@@ -174,7 +174,7 @@ def test_damaged_configuration_is_named(ours: Checkpoint, tmp_path: Path) -> Non
 def test_another_kind_of_policy_is_refused(
     change: dict[str, Any], reason: str, ours: Checkpoint, tmp_path: Path
 ) -> None:
-    copy = Path(shutil.copytree(ours.model, tmp_path / "pretrained_model"))
+    copy = Path(shutil.copytree(ours.model_dir, tmp_path / "pretrained_model"))
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=reason):
@@ -239,7 +239,7 @@ def test_stock_without_periodic_checkpoints(tmp_path: Path) -> None:
 
 def test_an_older_lerobots_checkpoint(tmp_path: Path) -> None:
     checkpoint = stock(tmp_path)
-    path = checkpoint.model / "train_config.json"
+    path = checkpoint.model_dir / "train_config.json"
     config = json.loads(path.read_text())
     config["eval_freq"] = config.pop("env_eval_freq")
     del config["eval_steps"], config["dataset"]["eval_split"]
@@ -270,7 +270,7 @@ def test_what_stock_trains_otherwise_is_evaluated_but_not_resumed(
 
 def test_a_model_without_its_training_run_lets_the_command_choose_the_environment(tmp_path: Path) -> None:
     checkpoint = stock(tmp_path)
-    (checkpoint.model / "train_config.json").unlink()
+    (checkpoint.model_dir / "train_config.json").unlink()
     config = inherited(checkpoint, "env=pusht_keypoints", mode="eval")
     assert config.env["obs_type"] == "environment_state_agent_pos"
     with pytest.raises(ValueError, match="policy=act_small: the checkpoint"):

@@ -20,7 +20,7 @@ from pusht_act.config.errors import explain
 from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.main import CONFIG_DIR, USER_ERRORS
 from tests.helpers.command_line import command
-from tests.helpers.datasets import config as dataset_config
+from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.runs import TINY, tiny_command
 
 PACKAGE = Path(pusht_act.__file__).parent

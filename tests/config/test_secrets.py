@@ -12,7 +12,7 @@ from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.job import Result
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
-from tests.helpers.wandb import config, nobody, records
+from tests.helpers.wandb_runs import config, nobody, records
 from tests.helpers.wandb_server import Server, server
 
 __all__ = ["nobody", "server"]

@@ -21,7 +21,7 @@ from pusht_act.data.dataset import normalization_stats, split_episodes
 from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.data.loader import BatchLoader
 from pusht_act.data.sampler import EpisodeSampler
-from tests.helpers.datasets import config
+from tests.helpers.dataset_config import config
 
 
 def made_up(lengths: list[int]) -> FrameDataset:

@@ -23,7 +23,7 @@ class Commands:
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def start(self, arguments: list[str], output: Path, environment: dict[str, str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pusht_act.runs import loggers as metrics_module
-from tests.helpers.wandb import forget_settings
+from tests.helpers.wandb_runs import forget_settings
 
 HOLD_S, NOT_HELD_S = 600.0, 200.0
 """For how long a hanging server holds a request, and what is surely less, on a machine with ten times its load too."""

@@ -17,7 +17,7 @@ from pusht_act.config.schema import TrainConfig
 from pusht_act.job import Result
 from pusht_act.policy.fast_dropout import build_dropout, fast_dropout
 from tests.helpers.training import assert_same_bits
-from tests.helpers.wandb import lines
+from tests.helpers.wandb_runs import lines
 
 Tiny = Callable[..., Result]
 DROPS = ["+policy.use_vae=false", "+policy.dropout=0.1"]

@@ -77,8 +77,8 @@ def test_moving_aside_keeps_every_run(tmp_path: Path) -> None:
 def test_a_checkpoint_is_found_by_every_name_it_has(name: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 10, 20)
     found = find_checkpoint(str(run / name), "checkpoint")
-    assert found.model.resolve() == (run / "checkpoints" / "000020" / "pretrained_model").resolve()
-    assert (found.step, found.name, found.run) == (20, "000020", run.resolve())
+    assert found.model_dir.resolve() == (run / "checkpoints" / "000020" / "pretrained_model").resolve()
+    assert (found.step, found.name, found.run_dir) == (20, "000020", run.resolve())
 
 
 def test_a_checkpoint_is_found_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +98,7 @@ def test_the_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_model_alone_belongs_to_no_run_and_has_no_step(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     found = find_checkpoint(str(tmp_path), "checkpoint")
-    assert found.run is None
+    assert found.run_dir is None
     with pytest.raises(ValueError, match=r"training_step\.json.*give a checkpoint that a training run wrote"):
         _ = found.step
 
@@ -195,5 +195,5 @@ def test_the_commit_of_a_repository_that_we_are_merely_installed_in_is_not_ours(
 def test_a_checkpoint_knows_its_parts() -> None:
     checkpoint = Checkpoint(Path("/r/checkpoints/000010/pretrained_model"))
     assert checkpoint.directory == Path("/r/checkpoints/000010")
-    assert checkpoint.training == Path("/r/checkpoints/000010/training_state")
-    assert checkpoint.run == Path("/r")
+    assert checkpoint.training_dir == Path("/r/checkpoints/000010/training_state")
+    assert checkpoint.run_dir == Path("/r")

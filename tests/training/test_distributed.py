@@ -24,7 +24,7 @@ from pusht_act.job import Result
 from pusht_act.policy.act import act_loss, make_policy, make_processors, valid_counts
 from pusht_act.runtime import distributed, signals
 from tests.helpers.commands import Commands, appears
-from tests.helpers.datasets import config as dataset_config
+from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.evaluations import outcome
 from tests.helpers.runs import tiny_command
 from tests.helpers.training import act, assert_same_bits, metrics

@@ -22,7 +22,7 @@ from pusht_act.policy.act import make_policy, make_processors
 from pusht_act.policy.optim import make_optimizer
 from pusht_act.training.nan_guard import DivergedError
 from pusht_act.training.train_step import train_step
-from tests.helpers.datasets import config as dataset_config
+from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.runs import tiny_command
 from tests.helpers.training import act, assert_same_bits, metrics
 

@@ -30,7 +30,7 @@ from pusht_act.policy.optim import make_optimizer
 from pusht_act.training import train_step as step_module
 from pusht_act.training.cuda_graphs import WARM_UP, CudaGraphCallable, Recorder
 from pusht_act.training.train_step import Loss, TrainStep, build_loss
-from tests.helpers.datasets import config as dataset_config
+from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.graph_backend import Operations
 from tests.helpers.runs import tiny_command
 from tests.helpers.training import act, assert_same_bits, metrics

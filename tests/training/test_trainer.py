@@ -25,7 +25,7 @@ from pusht_act.job import Result
 from pusht_act.policy.act import act_loss, make_policy, make_processors
 from pusht_act.policy.optim import make_optimizer
 from pusht_act.training.train_step import train_step
-from tests.helpers.datasets import config as dataset_config
+from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.training import NORMALIZED, act, assert_same_bits, metrics
 
 Tiny = Callable[..., Result]
