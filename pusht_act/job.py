@@ -173,7 +173,7 @@ def _train(
     setup = dataclasses.replace(set_up_together(config, lerobot, start), report=report)
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
-        lock.take_again(moved)
+        lock.relock(moved)
     write_provenance(run, to_dict(config), overrides)
     with log_file(run):
         if start is not None:

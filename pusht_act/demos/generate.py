@@ -36,7 +36,7 @@ from pusht_act.envs.rendering import render_frame
 from pusht_act.envs.video import write_video
 from pusht_act.runs.provenance import command_line, package_versions, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
-from pusht_act.runtime.lock import remove_dead
+from pusht_act.runtime.lock import remove_stale
 from pusht_act.runtime.system import cores
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
         for name in ("config.yaml", "runs.jsonl"):
             shutil.copy(work / name, part)
         if move_aside(target) is None and target.exists():
-            remove_dead(target)
+            remove_stale(target)
         part.rename(target)
         shutil.rmtree(work)
     for line in format_stats(figures):

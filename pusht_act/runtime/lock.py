@@ -1,13 +1,18 @@
-"""One writer to a run directory: a file `lock` in it that names the process which holds it.
+"""One writer per run directory: the file `lock` in it names the process that owns the directory.
 
-    lock                 {"host", "pid", "started", "boot", "namespace", "slurm", "token", "since"}, touched every 30 s
-    .lock.<token>        held as the lock is, by whoever is taking the place of the dead holder <token>
-    .lock.<token>.new    about to become one of these
+    lock                 {"host", "pid", "started", "boot", "namespace", "slurm", "token", "since"}; the owner's
+                         heartbeat sets its modification time every 30 s
+    .lock.<token>        the right to take over from the stale owner <token>, itself a lock of this format
+    .lock.<token>.new    a lock that is being written
 
-On the holder's own machine its process is looked up, start time included, since numbers are used again; one of an
-earlier boot is dead. So is the one that a SLURM job was before SLURM queued it again, wherever that ran. Of any other
-holder elsewhere, another container included, only the touches tell: it is dead when there was none for 5 minutes by the
-file server's clock. Imports neither torch nor lerobot.
+An owner is stale when its process is gone. On the owner's machine that is looked up at once: the boot, the process
+number and its start time must all match. A job that SLURM requeued supersedes its earlier run, wherever that ran. Any
+other owner, on another machine or in another container, holds a lease: it is stale after 5 minutes without a heartbeat,
+by the file server's clock.
+
+filelock's SoftFileLease (4.2) is no substitute. On NFS it never takes over a stale lock, because it needs
+RENAME_EXCHANGE, which NFS refuses. It must watch another machine's lock for a whole lease to call it stale, and it does
+not know SLURM's jobs. Imports neither torch nor lerobot.
 """
 
 import json
@@ -27,71 +32,80 @@ from uuid import uuid4
 log = logging.getLogger(__name__)
 
 NAME = "lock"
-TOUCHED = 30.0
-"""Seconds between two signs of life."""
-DEAD = 300.0
-"""Seconds without one after which a holder on another machine counts as dead."""
+HEARTBEAT_S = 30.0
+"""Seconds between two heartbeats."""
+LEASE_S = 300.0
+"""Seconds without a heartbeat after which an owner on another machine is stale."""
 
 
-def _slurm() -> dict[str, int] | None:
+def _slurm_job() -> dict[str, int] | None:
     job = os.environ.get("SLURM_JOB_ID")
     return {"job": int(job), "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0"))} if job else None
 
 
 @dataclass(frozen=True)
-class Holder:
-    """A process, told apart from all others that there have been."""
+class LockOwner:
+    """Identify a process among all that have ever run; by default, this one."""
 
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    started: str | None = field(default_factory=lambda: _started(os.getpid()))
-    """In ticks since its machine's boot; None where there is no /proc."""
+    started: str | None = field(default_factory=lambda: _start_time(os.getpid()))
+    """Clock ticks from the machine's boot to the process's start; None without /proc."""
     boot: str | None = field(default_factory=lambda: _text("/proc/sys/kernel/random/boot_id"))
     namespace: str | None = field(default_factory=lambda: _link("/proc/self/ns/pid"))
-    """That its pid is of: a container has one of its own."""
-    slurm: dict[str, int] | None = field(default_factory=_slurm)
-    """The SLURM job that it is of, and how often that was begun before."""
+    """The pid namespace: containers may share a host name but number their processes separately."""
+    slurm: dict[str, int] | None = field(default_factory=_slurm_job)
+    """The SLURM job and how often it was requeued."""
     token: str = field(default_factory=lambda: uuid4().hex)
-    """Of this holding."""
+    """Unique to this acquisition."""
     since: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def alive(self, untouched: float) -> bool:
-        """Whether the process still holds what it last touched `untouched` seconds ago."""
-        here = Holder()
+    def alive(self, silence: float) -> bool:
+        """Return whether the process still runs, given the seconds of `silence` since its last heartbeat."""
+        here = LockOwner()
+        # SLURM starts a requeued job only once it counts the earlier run as over.
         if self.slurm is not None and here.slurm is not None:
             job, restarts = here.slurm["job"], here.slurm["restarts"]
             if self.slurm["job"] == job and self.slurm["restarts"] < restarts:
                 return False
+        # On this machine the process table has the answer, even for a process that is stopped and sends no heartbeat.
         if self.host == here.host and None not in (self.boot, here.boot):
             if self.boot != here.boot:
                 return False
             if self.namespace == here.namespace:
-                return self.started is not None and self.started == _started(self.pid)
-        return untouched < DEAD
+                return self.started is not None and self.started == _start_time(self.pid)
+        return silence < LEASE_S
 
     @classmethod
-    def read(cls, content: dict[str, Any]) -> "Holder":
-        """The one whose fields are `content`; what an older version did not write is unknown, not this process's.
+    def read(cls, content: dict[str, Any]) -> "LockOwner":
+        """Build the owner that a lock file's `content` names.
+
+        What an older version did not write counts as unknown instead of taking this process's value.
 
         Raises:
-            TypeError: they are no holder's.
+            TypeError: the fields are not an owner's.
         """
         return cls(**{"slurm": None, **content})
 
-    def is_here(self) -> bool:
-        """Whether it is this process."""
-        here = Holder()
+    def is_this_process(self) -> bool:
+        """Return whether the owner is the calling process."""
+        here = LockOwner()
         keys = ("host", "pid", "started", "boot", "namespace")
         return all(getattr(self, key) == getattr(here, key) for key in keys)
 
 
 class Lock:
-    """That this process holds `directory`."""
+    """Own `directory` from construction until `release`.
+
+    Args:
+        directory: made if it does not exist.
+        option: the option that names it, for error messages.
+    """
 
     def __init__(self, directory: Path, option: str) -> None:
         self._path = directory / NAME
         self._option = option
-        self._holder = Holder()
+        self._owner = LockOwner()
         self._released = threading.Event()
         self._made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
         try:
@@ -101,32 +115,32 @@ class Lock:
                 f"{option}={directory} cannot be made ({error.strerror}): give {option}= where you may write"
             ) from error
         try:
-            self._take()
+            self._acquire()
         except OSError:
             self._remove_made()
             raise
-        threading.Thread(target=self._touch, name="lock", daemon=True).start()
+        threading.Thread(target=self._beat, name="lock", daemon=True).start()
 
-    def take_again(self, moved: Path) -> None:
-        """After the directory was `moved` away, lock and all: hold the one that is to be in its place.
+    def relock(self, moved: Path) -> None:
+        """Lock the directory's old path again after the directory, lock included, was `moved` aside.
 
         Raises:
-            FileExistsError: another process was quicker.
+            FileExistsError: another process locked the path first.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._take()
+        self._acquire()
         (moved / NAME).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Remove the lock, and the folders that were made for it if there is nothing else in them.
+        """Remove the lock, and the folders that were made for it if they are still empty.
 
-        In a process forked from the holder's nothing happens.
+        Does nothing in a process forked from the owner.
         """
-        if os.getpid() != self._holder.pid:
+        if os.getpid() != self._owner.pid:
             return
         self._released.set()
         with suppress(OSError):
-            if (held := _read(self._path)) is not None and held.token == self._holder.token:
+            if (found := _read(self._path)) is not None and found.token == self._owner.token:
                 self._path.unlink()
         self._remove_made()
 
@@ -135,11 +149,11 @@ class Lock:
             for folder in self._made:
                 folder.rmdir()
 
-    def _take(self) -> None:
+    def _acquire(self) -> None:
         directory = self._path.parent
         try:
-            _take(self._path, self._holder, self._option)
-            remove_dead(directory)
+            _acquire(self._path, self._owner, self._option)
+            remove_stale(directory)
         except FileExistsError:
             raise
         except OSError as error:
@@ -148,18 +162,18 @@ class Lock:
                 f"{self._option}="
             ) from error
 
-    def _touch(self) -> None:
-        while not self._released.wait(TOUCHED):
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_S):
             with suppress(OSError):  # the disk may come back
                 os.utime(self._path)
 
 
 @contextmanager
 def locked(directory: Path, option: str = "output_dir") -> Iterator[Lock]:
-    """This process alone works in `directory`, which `option` names and which is made if need be.
+    """Own `directory`, which `option` names and which is made if it does not exist.
 
     Raises:
-        FileExistsError: another process does; the message names it.
+        FileExistsError: another process owns it; the message names that process.
         OSError: the directory cannot be made or written to.
     """
     lock = Lock(directory, option)
@@ -169,58 +183,60 @@ def locked(directory: Path, option: str = "output_dir") -> Iterator[Lock]:
         lock.release()
 
 
-def held_by(directory: Path) -> tuple[Holder | None, bool]:
-    """Whose lock is on `directory`, if there is one, and whether that process is alive."""
-    holder = _read(directory / NAME)
-    return holder, holder is not None and not _dead(directory / NAME, holder)
+def read_owner(directory: Path) -> tuple[LockOwner | None, bool]:
+    """Return the owner of `directory`, None if it is not locked, and whether that process is alive."""
+    owner = _read(directory / NAME)
+    return owner, owner is not None and not _is_stale(directory / NAME, owner)
 
 
 def is_lock(path: Path) -> bool:
-    """Whether a file is part of a lock that keeps this process out of nothing: its own, or that of a dead one."""
-    return _named_so(path) and ((holder := _read(path)) is None or holder.is_here() or _dead(path, holder))
+    """Return whether `path` is a lock file that does not keep this process out: its own, or a stale one."""
+    return _has_lock_name(path) and (
+        (owner := _read(path)) is None or owner.is_this_process() or _is_stale(path, owner)
+    )
 
 
-def remove_dead(directory: Path) -> None:
-    """Remove what dead processes have left of their locks on `directory`."""
-    for path in filter(_named_so, directory.iterdir()):
-        if (holder := _read(path)) is not None and not holder.is_here() and _dead(path, holder):
+def remove_stale(directory: Path) -> None:
+    """Remove the lock files that processes which are gone have left in `directory`."""
+    for path in filter(_has_lock_name, directory.iterdir()):
+        if (owner := _read(path)) is not None and not owner.is_this_process() and _is_stale(path, owner):
             path.unlink(missing_ok=True)
 
 
-def _named_so(path: Path) -> bool:
+def _has_lock_name(path: Path) -> bool:
     return path.name == NAME or path.name.startswith(f".{NAME}.")
 
 
-def _dead(path: Path, holder: Holder) -> bool:
+def _is_stale(path: Path, owner: LockOwner) -> bool:
     try:
-        return not holder.alive(time.time() - path.stat().st_mtime)
+        return not owner.alive(time.time() - path.stat().st_mtime)
     except FileNotFoundError:
         return True
 
 
-def _take(path: Path, holder: Holder, option: str) -> None:
-    """Make `path` the lock of `holder`.
-
-    A dead holder's is replaced by whoever holds the right to do so, itself a lock: so there is one, and since nobody
-    else replaces that lock, it is still the dead one's or the right has been used.
+def _acquire(path: Path, owner: LockOwner, option: str) -> None:
+    """Make `path` the lock of `owner`, taking over from a stale one.
 
     Raises:
-        FileExistsError: another process holds it.
+        FileExistsError: a live process owns it.
     """
-    new = path.with_name(f".{NAME}.{holder.token}.new")
+    new = path.with_name(f".{NAME}.{owner.token}.new")
     try:
-        new.write_text(json.dumps(asdict(holder), indent=2) + "\n")
+        new.write_text(json.dumps(asdict(owner), indent=2) + "\n")
         while True:
+            # A hard link shows the whole content at once, also on NFS, and fails if there is a lock.
             with suppress(FileExistsError):
-                os.link(new, path)  # all of its content at once, or not at all
+                os.link(new, path)
                 return
-            found, untouched = _read(path), _age(path, new)
-            if found is None or untouched is None:  # released just now
+            found, silence = _read(path), _silence(path, new)
+            if found is None or silence is None:  # released just now
                 continue
-            if found.alive(untouched):
-                raise FileExistsError(_refused(path.parent, found, untouched, option))
+            if found.alive(silence):
+                raise FileExistsError(_refusal(path.parent, found, silence, option))
+            # Several processes may find the same stale owner. Only the one that locks its token may replace its lock,
+            # and only while the token is still there: it is not once an earlier one has used that right.
             right = path.with_name(f".{NAME}.{found.token}")
-            _take(right, Holder(), option)
+            _acquire(right, LockOwner(), option)
             try:
                 if (still := _read(path)) is not None and still.token == found.token:
                     log.warning("taking over %s from process %d on %s, which is gone", path, found.pid, found.host)
@@ -232,20 +248,23 @@ def _take(path: Path, holder: Holder, option: str) -> None:
         new.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> Holder | None:
-    """Whose lock it is; None when there is none, a holder unknown when it was not written by this program."""
+def _read(path: Path) -> LockOwner | None:
+    """Return the lock's owner; None without a lock, an unknown owner if this program did not write it."""
     try:
-        return Holder.read(json.loads(path.read_text()))
+        return LockOwner.read(json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        return Holder(
+        return LockOwner(
             host="unknown", pid=0, started=None, boot=None, namespace=None, slurm=None, token="unknown", since="unknown"
         )
 
 
-def _age(path: Path, new: Path) -> float | None:
-    """Seconds since `path` was touched, by the clock that has just touched `new`; None when it is not there."""
+def _silence(path: Path, new: Path) -> float | None:
+    """Return the seconds since the last heartbeat at `path`; None without a lock.
+
+    Touches `new` to ask the file server's clock, since another machine's may be minutes off.
+    """
     os.utime(new)
     try:
         return new.stat().st_mtime - path.stat().st_mtime
@@ -253,17 +272,17 @@ def _age(path: Path, new: Path) -> float | None:
         return None
 
 
-def _refused(directory: Path, holder: Holder, untouched: float, option: str) -> str:
+def _refusal(directory: Path, owner: LockOwner, silence: float, option: str) -> str:
     another = f"another {option}=" + (" or job_name=" if option == "output_dir" else "")
     return (
-        f"{option}={directory} is being written by process {holder.pid} on {holder.host} since {holder.since}, last "
-        f"heard of {max(untouched, 0):.0f} s ago: wait for it or stop it, or give {another} "
+        f"{option}={directory} is being written by process {owner.pid} on {owner.host} since {owner.since}, last "
+        f"heard of {max(silence, 0):.0f} s ago: wait for it or stop it, or give {another} "
         f"(if it is gone for certain, delete {directory / NAME})"
     )
 
 
-def _started(pid: int) -> str | None:
-    """When process `pid` began; None when there is none, or one that has ended and was not waited for."""
+def _start_time(pid: int) -> str | None:
+    """Return the start time of process `pid`; None if there is none, or only a zombie."""
     stat = _text(f"/proc/{pid}/stat")
     words = stat.rpartition(")")[2].split() if stat else []
     return words[19] if words and words[0] not in "ZX" else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pusht_act.config.schema import Metric
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import NAME as LOCK
-from pusht_act.runtime.lock import Holder
+from pusht_act.runtime.lock import LockOwner
 
 if TYPE_CHECKING:
     pass
@@ -122,7 +122,7 @@ def _is_alive(found: Job, path: Path) -> bool:
     try:
         lock = Path(found.output_dir) / LOCK  # touched every 30 s
         touched = max(each.stat().st_mtime for each in (path, lock) if each.exists())
-        return Holder.read(found.holder).alive(time.time() - touched)
+        return LockOwner.read(found.holder).alive(time.time() - touched)
     except (OSError, TypeError, ValueError):  # removed just now, or not written by this program
         return False
 

@@ -27,7 +27,7 @@ from typing import Any
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.errors import UserError
-from pusht_act.runtime.lock import held_by
+from pusht_act.runtime.lock import read_owner
 from pusht_act.sweeps.state import IDENTITY, Job, load_jobs
 from pusht_act.sweeps.table import format_jobs
 
@@ -102,7 +102,7 @@ def _job_of(run: RunDir) -> Job:
     """The run as the only job of a sweep; that it failed and not just stopped, no file tells."""
     starts = [start for line in _text(run.path / "runs.jsonl").splitlines() if (start := _values(line))]
     last = starts[-1] if starts else {}
-    holder, alive = held_by(run.path)
+    holder, alive = read_owner(run.path)
     come = progress(run.path)
     has_all_steps = come.step is not None and come.steps is not None and come.step >= come.steps
     state = "running" if alive else "interrupted"

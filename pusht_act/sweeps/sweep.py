@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.schema import Metric, Mode
 from pusht_act.runtime.errors import UserError
-from pusht_act.runtime.lock import Holder
+from pusht_act.runtime.lock import LockOwner
 
 if TYPE_CHECKING:
     from pusht_act.job import Result
@@ -114,7 +114,7 @@ def run_sweep_job(
     output_dir = str(Path(cfg.output_dir).absolute() if given else node.runtime.output_dir)
     began = Job(
         number, found.overrides, "running", found.tries + 1, found.failures,
-        metric=_metric(node), output_dir=output_dir, holder=asdict(Holder()),
+        metric=_metric(node), output_dir=output_dir, holder=asdict(LockOwner()),
     )  # fmt: skip
     start = time.monotonic()
     ended = replace(began, state="interrupted")

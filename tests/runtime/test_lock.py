@@ -17,16 +17,16 @@ import pusht_act
 from pusht_act.job import Result
 from pusht_act.runs.run_dir import ensure_unused
 from pusht_act.runtime import lock as module
-from pusht_act.runtime.lock import DEAD, NAME, Holder, is_lock, locked
+from pusht_act.runtime.lock import LEASE_S, NAME, LockOwner, is_lock, locked
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import tiny_command
 
-ELSEWHERE = replace(Holder(), host="elsewhere", boot="another", namespace="another", token="b")
-GONE = replace(Holder(), started="1", token="a")
+ELSEWHERE = replace(LockOwner(), host="elsewhere", boot="another", namespace="another", token="b")
+GONE = replace(LockOwner(), started="1", token="a")
 """This process's number, used by another one before."""
 
 
-def leave(folder: Path, holder: Holder, untouched: float = 0.0) -> Path:
+def leave(folder: Path, holder: LockOwner, untouched: float = 0.0) -> Path:
     """`holder`'s lock."""
     folder.mkdir(exist_ok=True)
     path = folder / NAME
@@ -63,17 +63,17 @@ def test_a_lock_that_was_held_in_vain_leaves_no_folder(tmp_path: Path) -> None:
     ("holder", "untouched", "stays"),
     [
         (GONE, 0.0, False),
-        (replace(Holder(), pid=2**22 + 1), 0.0, False),  # no Linux has one
-        (replace(Holder(), boot="the one before"), 0.0, False),
-        (replace(Holder(), started="1", namespace="a container's"), DEAD - 60, True),
-        (replace(Holder(), started="1", namespace="a container's"), DEAD + 60, False),
-        (ELSEWHERE, DEAD - 60, True),
-        (ELSEWHERE, DEAD + 60, False),
-        (Holder(), DEAD + 60, True),  # stopped by a debugger, say
+        (replace(LockOwner(), pid=2**22 + 1), 0.0, False),  # no Linux has one
+        (replace(LockOwner(), boot="the one before"), 0.0, False),
+        (replace(LockOwner(), started="1", namespace="a container's"), LEASE_S - 60, True),
+        (replace(LockOwner(), started="1", namespace="a container's"), LEASE_S + 60, False),
+        (ELSEWHERE, LEASE_S - 60, True),
+        (ELSEWHERE, LEASE_S + 60, False),
+        (LockOwner(), LEASE_S + 60, True),  # stopped by a debugger, say
     ],
     ids=["number used again", "dead", "rebooted", "container", "dead container", "host", "dead host", "asleep"],
 )
-def test_a_dead_holders_place_is_taken(holder: Holder, untouched: float, stays: bool, tmp_path: Path) -> None:
+def test_a_dead_holders_place_is_taken(holder: LockOwner, untouched: float, stays: bool, tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = leave(run, holder, untouched)
     if stays:
@@ -98,7 +98,7 @@ def test_what_is_no_lock_of_ours_is_left_alone_while_it_is_fresh(tmp_path: Path)
 
 
 def test_the_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOUCHED", 0.02)
+    monkeypatch.setattr(module, "HEARTBEAT_S", 0.02)
     with locked(tmp_path):
         os.utime(tmp_path / NAME, (1000, 1000))
         deadline = time.monotonic() + 120
@@ -111,7 +111,7 @@ def test_a_zombie_holds_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = module._started(process.pid)
     assert started is not None
-    leave(tmp_path, replace(Holder(), pid=process.pid, started=started))
+    leave(tmp_path, replace(LockOwner(), pid=process.pid, started=started))
     assert f"process {process.pid} on" in refused(tmp_path)
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays in the table
@@ -131,7 +131,7 @@ def _contend(folder: Path, barrier: object, results: object, answered: object) -
 
 
 @pytest.mark.parametrize("left", [None, GONE, "chain"])
-def test_of_many_at_once_one_gets_it(left: Holder | str | None, tmp_path: Path) -> None:
+def test_of_many_at_once_one_gets_it(left: LockOwner | str | None, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     for attempt in range(3):
         folder = tmp_path / str(attempt)
@@ -173,7 +173,7 @@ def test_a_directory_that_moves_away_leaves_its_place_locked(tmp_path: Path) -> 
     run, moved = tmp_path / "run", tmp_path / "run.old-1"
     with locked(run) as lock:
         run.rename(moved)
-        lock.take_again(moved)
+        lock.relock(moved)
         assert list(moved.iterdir()) == []
         refused(run)
 

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 
 import pusht_act
-from pusht_act.runtime.lock import Holder
+from pusht_act.runtime.lock import LockOwner
 from pusht_act.sweeps.state import Job
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import tiny_command
 
-HERE = Holder()
+HERE = LockOwner()
 ELSEWHERE = replace(HERE, host="node7", boot="another")
 METRICS = [
     {"step": 100, "train/loss": 1.0, "train/samples_per_s": 80.0},
@@ -64,7 +64,7 @@ def sweep(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def begin(sweep: Path, number: int, state: str = "running", holder: Holder = HERE, **more: Any) -> Path:
+def begin(sweep: Path, number: int, state: str = "running", holder: LockOwner = HERE, **more: Any) -> Path:
     """Job `number` as its process writes it down, which has made nothing yet; its run directory."""
     run = sweep / str(number)
     run.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pusht_act.main import CONFIG_DIR
-from pusht_act.runtime.lock import Holder
+from pusht_act.runtime.lock import LockOwner
 from pusht_act.sweeps import sweep
 from pusht_act.sweeps.state import Job, load_jobs
 from pusht_act.sweeps.sweep import expand_resume_args
@@ -94,11 +94,11 @@ def test_a_damaged_identity_is_named(begun: Path) -> None:
 def test_a_job_whose_process_is_gone_was_interrupted(begun: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", "import json, dataclasses, pusht_act.runtime.lock as l; "
-         "print(json.dumps(dataclasses.asdict(l.Holder())))"],
+         "print(json.dumps(dataclasses.asdict(l.LockOwner())))"],
         capture_output=True, check=True,
     )  # fmt: skip
     (begun / "jobs").mkdir()
-    for number, holder in enumerate((json.loads(ended.stdout), asdict(Holder()))):
+    for number, holder in enumerate((json.loads(ended.stdout), asdict(LockOwner()))):
         content = asdict(Job(number, [f"seed={number + 1}"], "running", 1, holder=holder))
         (begun / "jobs" / f"{number}.json").write_text(json.dumps(content))
     assert [each.state for each in load_jobs(begun)] == ["interrupted", "running"]
