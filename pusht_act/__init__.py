@@ -5,7 +5,10 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pusht_act.job import Result
+    from pusht_act.training.extensions import ActionLoss, Transform
 
 
 # How long OpenMP threads spin before they sleep; read when torch is imported. Spinning on, the default, made a step
@@ -20,8 +23,8 @@ if "SLURM_CPUS_PER_TASK" in os.environ:
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
 
 
-def run(overrides: list[str]) -> "Result":
+def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "Sequence[Transform]" = ()) -> "Result":
     """Do what `pusht-act OVERRIDES` does and return its result, for notebooks; see `pusht_act.main.run`."""
     from pusht_act.main import run
 
-    return run(overrides)
+    return run(overrides, loss=loss, transforms=transforms)

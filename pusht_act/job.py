@@ -31,13 +31,14 @@ from pusht_act.config.schema import TRAIN_MODES, Config, Mode, to_dict
 from pusht_act.config.validation import check_processes, check_share, to_config
 from pusht_act.runs.provenance import command_line, log_file, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
-from pusht_act.runtime.distributed import PeerLostError, Word, raise_on_any_rank, tell, told, world_size
+from pusht_act.runtime.distributed import PeerLostError, broadcast_from_main, raise_on_any_rank, world_size
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import Lock, locked
 from pusht_act.runtime.signals import StopSignal, handle_signals
 
 if TYPE_CHECKING:
-    from pusht_act.training.async_evaluation import Report
+    from pusht_act.training.extensions import Extensions
+    from pusht_act.training.trainer import Report, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +66,15 @@ class Result:
 
 
 def run_job(
-    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None], report: "Report | None" = None
+    cfg: DictConfig,
+    overrides: list[str],
+    choices: dict[str, str | None],
+    report: "Report | None" = None,
+    extensions: "Extensions | None" = None,
 ) -> Result:
     """Do the job that `cfg` describes; its evaluations in training are told to `report`, which may end that early.
+
+    `extensions` are a loss and transforms in place of the defaults.
 
     Raises:
         UserError, OSError: the user's to mend; nothing was written.
@@ -85,23 +92,34 @@ def run_job(
         return _generate_demos(checked, overrides)
     with locked(resolve_run_dir(cfg, overrides)) as lock:
         config, start = _resolve_config(cfg, overrides, choices)
-        return _train(config, start, overrides, choices, lock, report)
+        return _train(config, start, overrides, choices, lock, report, extensions)
 
 
-def follow() -> None:
-    """What every process of a job but the first does: it trains along, if there is something to train."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    logging.getLogger().setLevel(logging.WARNING)  # a launcher has configured it
+def run_worker(extensions: "Extensions | None" = None) -> Result:
+    """Train along on a rank other than 0, if rank 0 has something to train.
+
+    Args:
+        extensions: as for `run_job`; every rank is given the same.
+    """
+    # Rank 0 logs for all; a launcher may have configured logging already.
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
+    logging.getLogger().setLevel(logging.ERROR)
     with handle_signals():
-        _, (config, start) = told()
+        config, start = broadcast_from_main()
+        run = RunDir(Path(config.output_dir))
+        training = _build_trainer(config, start, extensions).fit(run, {})
+    return Result(run.path, training.step, training.metrics)
 
-        import_policies()
-        from pusht_act.config.lerobot import decode
-        from pusht_act.training.worker_loop import set_up_together, train_along
 
-        with raise_on_any_rank():
-            lerobot = decode(config)
-        train_along(config, lerobot, set_up_together(config, lerobot, start))
+def _build_trainer(config: Config, start: Checkpoint | None, extensions: "Extensions | None") -> "Trainer":
+    """Build the trainer on every rank; the first import of torch and lerobot."""
+    import_policies()
+    from pusht_act.config.lerobot import decode
+    from pusht_act.training.build import DEFAULTS, build_trainer
+
+    with raise_on_any_rank():
+        lerobot = decode(config)
+    return build_trainer(config, lerobot, start, extensions or DEFAULTS)
 
 
 def _resolve_config(
@@ -148,6 +166,7 @@ def _train(
     choices: dict[str, str | None],
     lock: Lock,
     report: "Report | None",
+    extensions: "Extensions | None",
 ) -> Result:
     run = RunDir(Path(config.output_dir))
     again = config.mode is not Mode.resume and config.resume.auto
@@ -161,16 +180,9 @@ def _train(
     if branches_off:
         ensure_unused(run.path, config.overwrite)
 
-    import_policies()
-    from pusht_act.config.lerobot import decode
-    from pusht_act.training.trainer import train
-    from pusht_act.training.worker_loop import set_up_together
-
-    tell(Word.TRAIN, (config, start))
-    with raise_on_any_rank():
-        lerobot = decode(config)
-    record: dict[str, Any] = {"config": to_dict(config), "choices": choices}
-    setup = dataclasses.replace(set_up_together(config, lerobot, start), report=report)
+    broadcast_from_main((config, start))
+    trainer = _build_trainer(config, start, extensions)
+    metadata: dict[str, Any] = {"config": to_dict(config), "choices": choices}
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
         lock.relock(moved)
@@ -179,7 +191,7 @@ def _train(
         if start is not None:
             log.info("going on from %s", start.directory)
         try:
-            training = train(config, lerobot, setup, run, record)
+            training = trainer.fit(run, metadata, report)
         except StopSignal as stopped:
             _print_how_to_resume(stopped, config, run, overrides)
             raise
@@ -188,7 +200,7 @@ def _train(
             log.error("%s", lost)  # train.log has it, too
             raise
     evaluation = training.evaluation
-    if training.checkpoint is not None and not training.gave_up:
+    if training.checkpoint is not None and not training.pruned:
         _push(config, training.checkpoint, evaluation.metrics if evaluation else {}, overrides)
     _print_next_steps(config, run, overrides, evaluation.film_strip if evaluation else None)
     return Result(
@@ -198,7 +210,7 @@ def _train(
         checkpoint=training.checkpoint.directory if training.checkpoint else None,
         episodes=evaluation.episodes if evaluation else [],
         video_paths=evaluation.video_paths if evaluation else [],
-        pruned=training.gave_up,
+        pruned=training.pruned,
     )
 
 

@@ -4,8 +4,9 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +20,7 @@ from pusht_act.config.overrides import check_overrides
 from pusht_act.config.schema import Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.config.validation import to_config
-from pusht_act.job import Result, follow, run_job
+from pusht_act.job import Result, run_job, run_worker
 from pusht_act.runtime.distributed import PeerLostError, distributed_context, world_size
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.signals import StopSignal, handle_signals, handling_signals
@@ -28,6 +29,10 @@ from pusht_act.sweeps.pruning import reporter
 from pusht_act.sweeps.report import sweep_summary
 from pusht_act.sweeps.status import show
 from pusht_act.sweeps.sweep import expand_resume_args, run_sweep_job
+from pusht_act.training.extensions import Extensions
+
+if TYPE_CHECKING:
+    from pusht_act.training.extensions import ActionLoss, Transform
 
 PACKAGE = Path(__file__).parent
 # In a wheel conf/ lies inside the package, in a checkout beside it.
@@ -45,7 +50,7 @@ def _task(cfg: DictConfig) -> Any:
             return None
         with distributed_context(USER_ERRORS) as leads:
             if not leads:
-                follow()
+                run_worker()
                 return None
             if hydra_node.mode is RunMode.MULTIRUN:
                 return run_sweep_job(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
@@ -65,13 +70,26 @@ def _task(cfg: DictConfig) -> Any:
         raise OSError(str(stopped)) from stopped
 
 
-def run(overrides: list[str]) -> Result:
+def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "Sequence[Transform]" = ()) -> Result:
     """Do what `pusht-act OVERRIDES` does, from Python, and return its result.
+
+    Args:
+        overrides: as on the command line, without -m.
+        loss: (predicted, target), both [B, T, A] and normalized -> the error of each element, in place of ACT's L1.
+        transforms: applied to training batches before they are normalized, in this order (docs/extending.md).
 
     Raises:
         UserError, OSError: what the command line prints as one line.
         StopSignal: by a signal, such as Ctrl-C; no `Exception`.
     """
+    extensions = Extensions(loss, transforms)
+    with distributed_context(USER_ERRORS) as leads:
+        if not leads:
+            return run_worker(extensions)
+        return _run(overrides, extensions)
+
+
+def _run(overrides: list[str], extensions: Extensions) -> Result:
     from hydra import compose, initialize_config_dir
 
     with initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
@@ -81,10 +99,10 @@ def run(overrides: list[str]) -> Result:
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
         HydraConfig.instance().set_config(with_hydra)
-    return _execute(cfg, hydra_node)
+    return _execute(cfg, hydra_node, extensions)
 
 
-def _execute(cfg: DictConfig, hydra_node: Any) -> Result:
+def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = None) -> Result:
     overrides = list(hydra_node.overrides.task)
     if hydra_node.mode is RunMode.MULTIRUN and not any(o.startswith("output_dir=") for o in overrides):
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
@@ -92,7 +110,7 @@ def _execute(cfg: DictConfig, hydra_node: Any) -> Result:
     with handle_signals():
         if cfg.mode is Mode.status:
             return _show_status(cfg, overrides)
-        return run_job(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node))
+        return run_job(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node), extensions)
 
 
 def _show_status(cfg: DictConfig, overrides: list[str]) -> Result:
@@ -112,7 +130,7 @@ def main() -> None:
             if leads:
                 _lead()
             else:
-                follow()
+                run_worker()
     except StopSignal as stopped:
         if not stopped.reported:
             print(f"pusht-act: {stopped}", file=sys.stderr)

@@ -46,7 +46,7 @@ from pusht_act.checkpoints.retention import mark_deleted, remove_temp_files, res
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.policy.act import Processors
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runtime.distributed import Word, gather_to_main, rank, tell
+from pusht_act.runtime.distributed import gather_to_main
 from pusht_act.runtime.errors import UserError
 
 MARGIN = 1_000_000
@@ -121,9 +121,10 @@ def snapshot(objects: TrainComponents, state: TrainerState, apart: bool) -> Snap
 
 
 def rng_states() -> list[dict[str, Tensor]]:
-    """The states of every process's random streams, at process 0; the others, when they are told to, hand theirs in."""
-    if rank() == 0:
-        tell(Word.RANDOM)
+    """Return the states of every rank's random number generators on rank 0; the other ranks hand theirs in.
+
+    A collective: all ranks call it.
+    """
     return gather_to_main(flatten_dict(serialize_rng_state()))
 
 

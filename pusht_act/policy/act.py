@@ -1,7 +1,7 @@
 """LeRobot's ACT policy: made, loaded, its loss, its processors, its optimizer."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,35 +98,50 @@ def load_processors(config: ACTConfig, directory: Path) -> Processors:
         raise UserError(f"{directory}: the processors are missing or damaged ({reason})") from error
 
 
+def l1_loss(predicted: Float[Tensor, "B T A"], target: Float[Tensor, "B T A"]) -> Float[Tensor, "B T A"]:
+    """Return the absolute error of each element, ACT's loss of the actions."""
+    return F.l1_loss(target, predicted, reduction="none")
+
+
 def act_loss(
-    policy: ACTPolicy, batch: Mapping[str, Tensor], counts: Float[Tensor, "2"] | None = None
+    policy: ACTPolicy,
+    batch: Mapping[str, Tensor],
+    counts: Float[Tensor, "2"] | None = None,
+    action_loss: Callable[[Tensor, Tensor], Tensor] = l1_loss,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-    """ACT's loss on a normalized batch: L1 over the actions that are not padding, plus kl_weight times the KL term.
+    """Return ACT's loss on a normalized batch: L1 over actions that are not padding, plus kl_weight times the KL term.
 
     The same arithmetic as LeRobot's `ACTPolicy.forward`, whose `.item()` waits for the device at every step; here the
     parts stay tensors. In eval mode there is no KL term: the latent is zero.
 
-    `counts`, as `counted` has them of a whole batch of which `batch` is a part, makes its loss a share of the whole's:
-    those of all parts add up to it.
+    Args:
+        policy: on the device of `batch`.
+        batch: images [B, 3, H, W], state [B, D], action [B, T, A], action_is_pad [B, T].
+        counts: `valid_counts` of the whole batch of which `batch` is a shard. The loss is then the shard's part of the
+            whole's: those of all shards add up to it.
+        action_loss: (predicted, target), both [B, T, A] -> the error of each element.
 
     Returns:
-        the loss and its parts under LeRobot's names, l1_loss and kld_loss.
+        The loss and its parts: kld_loss and l1_loss (action_loss where another one is given).
     """
     inputs = dict(batch)
     if policy.config.image_features:
         inputs[OBS_IMAGES] = [batch[key] for key in policy.config.image_features]  # type: ignore[assignment]
     actions_hat, (mu, log_sigma_x2) = policy.model(inputs)
-    error = F.l1_loss(batch[ACTION], actions_hat, reduction="none")
+
+    # A chunk that reaches past its episode's end is padded, which does not count.
+    error = action_loss(actions_hat, batch[ACTION])
     valid = ~batch["action_is_pad"].unsqueeze(-1)
     n_valid = valid.sum() if counts is None else counts[0]
-    l1_loss = (error * valid).sum() / (n_valid * error.shape[-1]).clamp_min(1)
+    mean_error = (error * valid).sum() / (n_valid * error.shape[-1]).clamp_min(1)
+    parts = {"l1_loss" if action_loss is l1_loss else "action_loss": mean_error.detach()}
     if not policy.config.use_vae or log_sigma_x2 is None:
-        return l1_loss, {"l1_loss": l1_loss.detach()}
+        return mean_error, parts
+
     # KL(q(z|x) || N(0, 1)), summed over the latent's dimensions (Kingma and Welling 2013, appendix B)
     divergence = (-0.5 * (1 + log_sigma_x2 - mu.pow(2) - log_sigma_x2.exp())).sum(-1)
     kld_loss = divergence.mean() if counts is None else (divergence * valid.any((1, 2))).sum() / counts[1].clamp_min(1)
-    loss = l1_loss + kld_loss * policy.config.kl_weight
-    return loss, {"l1_loss": l1_loss.detach(), "kld_loss": kld_loss.detach()}
+    return mean_error + kld_loss * policy.config.kl_weight, parts | {"kld_loss": kld_loss.detach()}
 
 
 def valid_counts(batch: Mapping[str, Tensor]) -> Float[Tensor, "2"]:

@@ -1,28 +1,27 @@
-"""One training by several processes, as torchrun and SLURM begin them: each takes its share of every batch.
+"""Data-parallel training: every rank gets a shard of each batch (launched by torchrun or SLURM).
 
-    process 0 says                                 the others, which wait for its word
-    TRAIN      configuration, checkpoint       ->  set up what it sets up, together or not at all
-    STEP                                       ->  their share of the next batch, gradients added up, the same update
-    RANDOM                                     ->  hand in their random streams, for its checkpoint
-    ROLL_BACK  checkpoint, number              ->  go back, as it does
-    END        exit code                       ->  leave, after it where something was wrong
+Every rank runs the same code. What comes from disk, clock or command line is decided by rank 0 alone, which writes,
+logs and evaluates. The others learn of it at a few named points, each a collective on the control group:
 
-Whatever comes from disk, clock or configuration is decided by process 0 alone, which writes, logs and evaluates. With
-each word it hears of the signals that the others were sent, so that all stop at the end of the same step.
+    broadcast_from_main()   the job before training; where a roll-back goes
+    agree()                 at the end of each step: every rank's signals and what rank 0 wants, by a small all-reduce
+    gather_to_main()        the ranks' random number generators, for a checkpoint
+    raise_on_any_rank()     setting up: one rank's error ends the job on all
 
-Words go by gloo, gradients by nccl on GPUs. A process that ends closes its connections, which the others notice at
-once; one whose machine went silent is given up after STEP_TIME, or WAIT_TIME between two words. Where there is one
-process, everything here is the identity; torch is imported where there are more.
+Rank 0 announces its exit code in the same small all-reduce, so the others leave with it wherever they wait for rank 0.
+
+Control messages go by gloo, gradients by nccl on GPUs. A process that ends closes its connections, which the others
+notice at once. One whose machine went silent is given up after STEP_TIMEOUT, or CONTROL_TIMEOUT where rank 0 is waited
+for. With a single process everything here is the identity, and torch.distributed is not imported.
 """
 
 import os
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pusht_act.runtime import signals
 from pusht_act.runtime.errors import UserError
@@ -34,36 +33,33 @@ if TYPE_CHECKING:
 
 STEP_TIMEOUT = timedelta(minutes=10)
 """What a process may be behind the others in a step, or in beginning at all: the first steps may be compiled."""
-COMMAND_TIMEOUT = timedelta(hours=1)
-"""What process 0 may take between two words: an evaluation that training waits for, say."""
+CONTROL_TIMEOUT = timedelta(hours=1)
+"""How long the other ranks wait for rank 0, which may be evaluating."""
 
 
-class Word(IntEnum):
-    """What process 0 says to the others."""
+class Agreement(NamedTuple):
+    """What all ranks agree on at the end of a step."""
 
-    TRAIN = 1
-    STEP = 2
-    RANDOM = 3
-    ROLL_BACK = 4
-    END = 5
-
-
-WITHOUT_MORE = (Word.STEP, Word.RANDOM)
-"""Words that say all; an object comes after the others."""
+    signal: int | None
+    """The signal that stops the job, whichever rank was sent it."""
+    checkpoint: bool
+    """Whether some rank asks for a checkpoint."""
+    end: bool
+    """Whether rank 0 ends training before its last step."""
 
 
 class PeerLostError(BaseException):
     """Another process of the job is gone. No `Exception`: this process cannot do a sweep's next job either."""
 
     def __init__(self, reason: str) -> None:
-        remedy = "to go on from the last checkpoint: the same command with resume.auto=true, or mode=resume"
-        super().__init__(f"process {_world.rank} of {_world.world_size} has lost another one ({reason}); {remedy}")
+        remedy = "to resume from the last checkpoint: the same command with resume.auto=true, or mode=resume"
+        super().__init__(f"rank {_world.rank} of {_world.world_size} has lost another one ({reason}); {remedy}")
         self.reported = False
         """Whether a line has said so."""
 
 
-class _Ended(BaseException):
-    """Process 0 has said that the job is over."""
+class _MainExited(BaseException):
+    """Rank 0 has left, with this exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__(code)
@@ -76,67 +72,70 @@ class _World:
 
     rank: int = 0
     world_size: int = 1
-    words: Any = None
+    control_group: Any = None
     """The process group of all that is not a gradient."""
-    gradients: Any = None
+    grad_group: Any = None
 
 
 _world = _World()
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return _world.world_size
 
 
 def rank() -> int:
-    """This one's number among them."""
+    """Return this process's number among them."""
     return _world.rank
+
+
+def is_main() -> bool:
+    """Return whether this is rank 0, which alone writes, logs and evaluates."""
+    return _world.rank == 0
 
 
 @contextmanager
 def distributed_context(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
-    """Within this the processes that were launched together work together; yields whether this is process 0.
+    """Join the processes that were launched together; yield whether this is rank 0.
 
-    The others are to do `job.follow`, and leave when process 0 does: with its exit code if that ends by one of `errors`
-    or by a signal. By any other exception it ends without a word.
+    The other ranks leave when rank 0 does: with its exit code if that ends by one of `errors` or by a signal. If rank 0
+    ends by any other exception, they lose a peer.
 
     Raises:
-        UserError: the environment does not say which of them this is.
-        OSError: they cannot reach each other.
-        StopSignal: process 0 was stopped by a signal.
-        PeerLostError: another one is gone.
+        UserError: the environment does not say which rank this is.
+        OSError: the ranks cannot reach each other.
+        StopSignal: the job was stopped by a signal.
+        PeerLostError: another rank is gone.
     """
     if _world.world_size > 1 or not _is_distributed_launch():
         yield True
         return
     _init_process_group()
     try:
-        if _world.rank == 0:
-            yield from _leading(errors)
-        else:
-            yield from _following()
+        yield from _main_rank(errors) if is_main() else _other_rank()
     finally:
-        _world.rank, _world.world_size, _world.words, _world.gradients = 0, 1, None, None
+        _world.rank, _world.world_size, _world.control_group, _world.grad_group = 0, 1, None, None
 
 
-def _leading(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
+def _main_rank(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
     code: int | None = 0
     try:
         yield True
     except BaseException as error:
-        code = _code(error, errors)
+        code = _exit_code(error, errors)
         raise
     finally:
         if code is not None:
-            with suppress(PeerLostError, StopSignal):  # a signal is acted upon already, or by `listening`
-                tell(Word.END, code)
+            # Whoever raises a signal's exception has been told of it already.
+            with suppress(PeerLostError, StopSignal), signals.block_signals():
+                _exchange(exit_code=code)
         if code == 0:
             _shutdown()
 
 
-def _code(error: BaseException, errors: tuple[type[Exception], ...]) -> int | None:
-    """What a job that ends by `error` leaves with; None: without a word to the others."""
+def _exit_code(error: BaseException, errors: tuple[type[Exception], ...]) -> int | None:
+    """Return the exit code of a job that ends by `error`; None if the other ranks are not told."""
     if isinstance(error, StopSignal):
         return error.code
     if isinstance(error, SystemExit):
@@ -144,21 +143,25 @@ def _code(error: BaseException, errors: tuple[type[Exception], ...]) -> int | No
     return 1 if isinstance(error, errors) else None
 
 
-def _following() -> Iterator[bool]:
+def _other_rank() -> Iterator[bool]:
     try:
-        yield False
-    except _Ended as ended:
-        if ended.code == 0:
+        # A signal stops all ranks after the same step; rank 0 says so, and how the job ends.
+        with suppress(StopSignal):
+            yield False
+        while True:
+            _exchange()
+    except _MainExited as exited:
+        if exited.code == 0:
             _shutdown()
             return
-        # A launcher takes the first to leave for the culprit, and may end process 0 before it has said what is wrong.
+        # A launcher takes the first rank to leave for the culprit, and may kill rank 0 before it has printed its line.
         import torch.distributed as dist
 
         with suppress(RuntimeError):
-            dist.barrier()  # never comes to be: process 0 leaves
-        if ended.code < 128:
-            raise SystemExit(ended.code) from None
-        stopped = StopSignal(ended.code - 128)
+            dist.barrier()  # fails as soon as rank 0 has left
+        if exited.code < 128:
+            raise SystemExit(exited.code) from None
+        stopped = StopSignal(exited.code - 128)
         stopped.reported = True
         raise stopped from None
 
@@ -187,14 +190,14 @@ def _init_process_group() -> None:
     _set_visible_gpu(int(os.environ["LOCAL_RANK"]))
     try:
         dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
-        words = dist.new_group(backend="gloo", timeout=COMMAND_TIMEOUT)
+        control_group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     except RuntimeError as error:
         at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise OSError(
-            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others, which meet at "
-            f"MASTER_ADDR:MASTER_PORT={at} ({_reason(error)}): see that they all begin, and that nothing else is there"
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others, which meet at "
+            f"MASTER_ADDR:MASTER_PORT={at} ({_reason(error)}): see that all are started, and that the port is free"
         ) from error
-    _world.rank, _world.world_size, _world.words = dist.get_rank(), dist.get_world_size(), words
+    _world.rank, _world.world_size, _world.control_group = dist.get_rank(), dist.get_world_size(), control_group
 
 
 def _set_visible_gpu(local_rank: int) -> None:
@@ -216,70 +219,78 @@ def _shutdown() -> None:
     dist.destroy_process_group()
 
 
-def tell(word: Word, more: Any = None) -> None:
-    """Process 0: say `word` to the others, and `more` where it takes more.
+def agree(checkpoint: bool = False, end: bool = False) -> Agreement:
+    """Agree, at the end of a step, on a signal, a checkpoint and an early end: what any rank has, all have.
+
+    Args:
+        checkpoint: whether this rank asks for a checkpoint.
+        end: whether this rank ends training early.
 
     Raises:
-        PeerLostError: one of them is gone.
+        PeerLostError: another rank is gone.
     """
     if _world.world_size == 1:
-        return
-    with signals.block_signals():  # half a word would leave the others waiting
-        _exchange(word)
-        if word not in WITHOUT_MORE:
-            _from_the_first(more)
+        return Agreement(signals.received_signal(), checkpoint, end)
+    number, wanted, ends = _exchange(checkpoint, end)
+    return Agreement(number or None, bool(wanted), bool(ends))
 
 
-def told() -> tuple[Word, Any]:
-    """The others: what process 0 says next, and what comes with it."""
-    word = _exchange()
-    more: Any = None if word in WITHOUT_MORE else _from_the_first()
-    if word is Word.END:
-        raise _Ended(more)
-    return word, more
+def broadcast_from_main(value: Any = None) -> Any:
+    """Return rank 0's `value` on every rank.
 
-
-def _exchange(word: int = 0) -> Word:
-    """Process 0's word, to all; the others' signals, to process 0."""
-    import torch
+    Raises:
+        PeerLostError: another rank is gone.
+    """
+    if _world.world_size == 1:
+        return value
     import torch.distributed as dist
 
-    said = torch.tensor([word, signals.received_signal() or 0])
-    with _peer_errors():
-        dist.all_reduce(said, dist.ReduceOp.MAX, group=_world.words)
-    word, number = said.tolist()
-    if _world.rank == 0 and number:
-        signals.record_peer_signal(number)
-    return Word(word)
-
-
-def _from_the_first(more: Any = None) -> Any:
-    import torch.distributed as dist
-
-    objects = [more]
-    with _peer_errors():
-        dist.broadcast_object_list(objects, src=0, group=_world.words)
+    objects = [value]
+    with signals.block_signals() if is_main() else nullcontext():  # half a message would leave the others waiting
+        _exchange()
+        with _peer_errors():
+            dist.broadcast_object_list(objects, src=0, group=_world.control_group)
     return objects[0]
 
 
+def _exchange(checkpoint: bool = False, end: bool = False, exit_code: int | None = None) -> tuple[int, int, int]:
+    """Exchange one small message in which each number is the largest of any rank: (signal, checkpoint, end).
+
+    Every message to or from rank 0 begins with this one, so that an exit code reaches a rank wherever it waits.
+    """
+    import torch
+    import torch.distributed as dist
+
+    exits = 0 if exit_code is None else exit_code + 1
+    message = torch.tensor([signals.received_signal() or 0, int(checkpoint), int(end), exits])
+    with _peer_errors():
+        dist.all_reduce(message, dist.ReduceOp.MAX, group=_world.control_group)
+    number, wanted, ends, exited = message.tolist()
+    if exited and not is_main():
+        raise _MainExited(exited - 1)
+    if number:
+        signals.record_peer_signal(number)
+    return number, wanted, ends
+
+
 def gather_to_main(value: Any) -> list[Any]:
-    """At process 0, the `value` of each process, in order; elsewhere nothing."""
+    """Return every rank's `value`, in order, on rank 0, and nothing on the others."""
     if _world.world_size == 1:
         return [value]
     import torch.distributed as dist
 
     values: list[Any] = [None] * _world.world_size
     with _peer_errors():
-        dist.gather_object(value, values if _world.rank == 0 else None, group=_world.words)
-    return values if _world.rank == 0 else []
+        dist.gather_object(value, values if is_main() else None, group=_world.control_group)
+    return values if is_main() else []
 
 
 @contextmanager
 def raise_on_any_rank() -> Iterator[None]:
-    """Within this each process does the same for itself; if one fails, process 0 says why and all leave.
+    """Run the block on every rank; if any rank raises, rank 0 reports it and all exit.
 
     Raises:
-        UserError: at process 0, when another one has failed.
+        UserError: on rank 0, when another rank has failed.
     """
     if _world.world_size == 1:
         yield
@@ -290,14 +301,14 @@ def raise_on_any_rank() -> Iterator[None]:
     except BaseException as error:
         failed = error
     reasons = _all_gather_object(None if failed is None else str(failed) or type(failed).__name__)
-    ours_to_say = _world.rank == 0 or not isinstance(failed, UserError | OSError | StopSignal)
-    if failed is not None and ours_to_say:
+    ours_to_report = is_main() or not isinstance(failed, UserError | OSError | StopSignal)
+    if failed is not None and ours_to_report:
         raise failed
     if any(reasons):
-        if _world.rank > 0:
-            told()  # process 0 leaves
+        while not is_main():
+            _exchange()  # until rank 0 leaves
         which = next(number for number, reason in enumerate(reasons) if reason)
-        raise UserError(f"process {which} of {_world.world_size}: {reasons[which]}")
+        raise UserError(f"rank {which} of {_world.world_size}: {reasons[which]}")
 
 
 def _all_gather_object(value: Any) -> list[Any]:
@@ -305,15 +316,15 @@ def _all_gather_object(value: Any) -> list[Any]:
 
     values: list[Any] = [None] * _world.world_size
     with signals.block_signals(), _peer_errors():
-        dist.all_gather_object(values, value, group=_world.words)
+        dist.all_gather_object(values, value, group=_world.control_group)
     return values
 
 
-def connect(device: str, tensors: Iterable["Tensor"]) -> None:
-    """Before the first step: let the processes' devices reach each other, and begin with process 0's `tensors`.
+def init_gradient_group(device: str) -> None:
+    """Create the process group of the gradients, before the first step.
 
     Raises:
-        UserError: some have a GPU and some have none.
+        UserError: some ranks have a GPU and some have none.
         OSError: the GPUs cannot reach each other.
     """
     if _world.world_size == 1:
@@ -323,28 +334,47 @@ def connect(device: str, tensors: Iterable["Tensor"]) -> None:
 
     kinds = _all_gather_object(torch.device(device).type)
     if len(set(kinds)) > 1:
-        has = ", ".join(f"process {number} has {kind}" for number, kind in enumerate(kinds))
-        raise UserError(f"{has}: begin as many processes on a machine as it has GPUs, or give policy.device=cpu")
-    try:
-        _world.gradients = dist.new_group(backend="nccl", timeout=STEP_TIMEOUT) if kinds[0] == "cuda" else None
+        has = ", ".join(f"rank {number} has {kind}" for number, kind in enumerate(kinds))
+        raise UserError(f"{has}: start as many processes on a machine as it has GPUs, or give policy.device=cpu")
+    with _device_errors():
+        _world.grad_group = dist.new_group(backend="nccl", timeout=STEP_TIMEOUT) if kinds[0] == "cuda" else None
+
+
+def broadcast_parameters(tensors: Iterable["Tensor"]) -> None:
+    """Give every rank rank 0's `tensors`.
+
+    Raises:
+        OSError: the devices cannot reach each other.
+    """
+    if _world.world_size == 1:
+        return
+    import torch.distributed as dist
+
+    with _device_errors():
         for tensor in tensors:
             whole = tensor.detach().contiguous()
-            dist.broadcast(whole, src=0, group=_world.gradients)
+            dist.broadcast(whole, src=0, group=_world.grad_group)
             tensor.detach().copy_(whole)
+
+
+@contextmanager
+def _device_errors() -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
-        raise OSError(f"the devices of this job's processes cannot reach each other ({_reason(error)})") from error
+        raise OSError(f"the devices of this job's ranks cannot reach each other ({_reason(error)})") from error
 
 
 def shard(batch: "Tensor") -> "Tensor":
-    """This process's rows of `batch`: as many as each other's, or one fewer; none where there are not enough."""
+    """Return this rank's rows of `batch`: as many as any other's, or one fewer; none where there are not enough."""
     return batch.tensor_split(_world.world_size)[_world.rank] if _world.world_size > 1 else batch
 
 
 def all_reduce_sum(tensors: list["Tensor"]) -> None:
-    """Replace each tensor by the sum of all processes', to the same bits everywhere, in one message.
+    """Replace each tensor by its sum over all ranks, to the same bits on each, in one message.
 
     Raises:
-        PeerLostError: one of them is gone.
+        PeerLostError: another rank is gone.
     """
     if _world.world_size == 1:
         return
@@ -353,7 +383,7 @@ def all_reduce_sum(tensors: list["Tensor"]) -> None:
 
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     with _peer_errors():
-        dist.all_reduce(flat, group=_world.gradients)
+        dist.all_reduce(flat, group=_world.grad_group)
     parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 

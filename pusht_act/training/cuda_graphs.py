@@ -18,7 +18,7 @@ Tensors = dict[str, Any]
 """Tensors by name; what else is among them is the same at every call."""
 
 
-class Recorder(Protocol):
+class GraphBackend(Protocol):
     """How a function is recorded."""
 
     recording: bool
@@ -87,7 +87,7 @@ class CudaGraphCallable:
         name: str,
         function: Callable[[Tensors], Tensors],
         rows: int,
-        recorder: Recorder,
+        recorder: GraphBackend,
         undo: Callable[[], None] = lambda: None,
     ) -> None:
         self._name, self._function, self._rows, self._recorder = name, function, rows, recorder

@@ -1,41 +1,51 @@
-"""The training loop: batches in, steps, metrics, evaluations and checkpoints out."""
+"""The training loop: batches in, steps, metrics, evaluations and checkpoints out.
+
+Every rank runs it. Rank 0 alone logs, evaluates and writes; at the end of each step all ranks agree on what is next.
+"""
 
 import logging
-import math
 import time
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
-from pusht_act.data.loader import BatchLoader
+from pusht_act.data.loader import Batch, BatchIndices, BatchLoader
+from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.evaluation.evaluate import Evaluation
-from pusht_act.policy.act import act_loss, autocast
+from pusht_act.policy.act import autocast
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runtime.distributed import Word, tell
-from pusht_act.runtime.signals import defer_signals
-from pusht_act.training.async_checkpoint import saving
-from pusht_act.training.async_evaluation import evaluating, is_due
-from pusht_act.training.build import Setup, make_step, roll_back
+from pusht_act.runtime.distributed import agree, broadcast_from_main, is_main, world_size
+from pusht_act.runtime.malloc import keep_freed_memory
+from pusht_act.runtime.signals import SignalState, defer_signals
+from pusht_act.training.async_evaluation import AsyncEvaluator, async_evaluator, find_pending, is_due
+from pusht_act.training.checkpoint_manager import CheckpointManager, checkpoint_manager
+from pusht_act.training.extensions import Extensions
 from pusht_act.training.metrics import MetricAccumulator
-from pusht_act.training.nan_guard import DivergedError, check_finite
-from pusht_act.training.profiler import profiling
+from pusht_act.training.nan_guard import DivergedError, NanGuard
+from pusht_act.training.profiler import NullProfiler, StepProfiler, profiling
+from pusht_act.training.progress import ProgressBar
+from pusht_act.training.restore import load_components, restore_state, rollback_target
+from pusht_act.training.train_step import Loss, Losses, StepOptions, TrainStep, build_graph_backend
 
 log = logging.getLogger(__name__)
 
+Report = Callable[[int, dict[str, float]], bool]
+"""Takes a step and the metrics of its evaluation; returns whether to prune the run."""
+
 
 @dataclass(frozen=True)
-class Training:
-    """What a finished run returns."""
+class TrainResult:
+    """What a run came to."""
 
     step: int
     metrics: dict[str, float]
@@ -43,148 +53,260 @@ class Training:
     checkpoint: Checkpoint | None
     evaluation: Evaluation | None
     """The last one."""
-    gave_up: bool = False
-    """Whether it ended before its last step, as `Setup.report` had it."""
+    pruned: bool = False
+    """Whether the pruner ended training before its last step."""
 
 
-def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any]) -> Training:
-    """Train from where `setup` stands to `config.steps`; everything written goes into `run`.
+@dataclass
+class Trainer:
+    """A run: what is trained, and the loop that trains it. Made by `build_trainer`."""
 
-    `record` is kept in every checkpoint, so that it can be resumed and evaluated on its own.
+    config: Config
+    lerobot: LeRobotConfig
+    components: TrainComponents
+    state: TrainerState
+    loader: BatchLoader
+    sampler: EpisodeSampler
+    held_out: Tensor
+    """Frame numbers of the validation samples, [N]; empty without dataset.eval_split."""
+    extensions: Extensions
+    options: StepOptions
+    start: Checkpoint | None
+    """Where `state` stood when this was built or rolled back; None: the beginning."""
+    pending_model: Path | None
+    """The weights of step `state.pending`, whose evaluation was interrupted."""
+    step: int = field(init=False, default=0)
+    """The present step, or the last one."""
+    inputs: Generator[BatchIndices] = field(init=False)
+    train_step: TrainStep = field(init=False)
+    metrics: MetricAccumulator = field(init=False)
+    progress: ProgressBar = field(init=False)
 
-    Raises:
-        DivergedError: training did, and going back to a checkpoint has not helped or is not possible.
-        OSError: the last checkpoint cannot be written; one before that fails is a warning.
-        StopSignal: by a signal, at the end of a step, which is saved.
-    """
-    state = setup.state
-    with Metrics(config, run, state.step, state.wandb_run_id, state.pending, state.rollbacks) as metrics:
-        while True:
-            try:
-                return _train(config, lerobot, setup, run, record, metrics)
-            except DivergedError as diverged:
-                setup = roll_back(config, lerobot, setup, run, diverged)
-                state = setup.state
-                metrics.rolled_back(state.step, state.pending, state.rollbacks, diverged.step)
+    def fit(self, run: RunDir, metadata: dict[str, Any], report: Report | None = None) -> TrainResult:
+        """Train to `config.steps` and write everything into `run`.
 
+        Args:
+            run: the run directory; only rank 0 writes there.
+            metadata: kept in every checkpoint, so that it can be resumed and evaluated on its own.
+            report: is told of each evaluation, and whether to prune the run.
 
-def _train(
-    config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any], metrics: Metrics
-) -> Training:
-    objects, state, order = setup.objects, setup.state, setup.order
-    window = MetricAccumulator(state.window)
-    means: dict[str, float] = {}
-    state.wandb_run_id = metrics.wandb_run_id
-    take_step = make_step(config, lerobot, setup)
-    with (
-        _Progress(config, state.step) as progress,
-        profiling(config.train.profile, run, objects) as profile,
-        evaluating(config, lerobot.env, objects, state, run, metrics, setup.report) as evaluations,
-        saving(config, lerobot, run, objects, state, record, evaluations) as saver,
-        closing(setup.data.iter_batches(order, config.batch_size)) as inputs,
-        defer_signals() as stop,
-    ):
-        if setup.unevaluated is not None:
-            evaluations.begin_again(setup.unevaluated)
-            if config.save_checkpoint and state.step == config.steps and state.pending is None:
-                saver.begin()
-        for step in range(state.step + 1, config.steps + 1):
-            began = time.perf_counter()
-            tell(Word.STEP)
-            batch = take_step.batch(next(inputs))
-            fetched = time.perf_counter()
-            profile.end("data")
-            losses = take_step(batch)
-            profile.end("optimizer")
-            skipped = losses.pop("skipped")
-            window.add({**losses, "dataloading_s": fetched - began}, skipped)
-            progress.update(time.perf_counter() - began)
+        Raises:
+            DivergedError: training diverged, and rolling back has not helped or is not possible.
+            OSError: the last checkpoint cannot be written; an earlier one that fails is a warning.
+            StopSignal: by a signal, at the end of a step, which is saved.
+        """
+        self.run, self.metadata, self.report = run, metadata | self.extensions.metadata(), report
+        keep_freed_memory()
+        with self._open_loggers():
+            while True:
+                try:
+                    with self._open_managers():
+                        return self._fit()
+                except DivergedError as error:
+                    self.roll_back(error)
 
-            last = step == config.steps
-            logs = is_due(step, config.log_freq) or last
-            evaluates = evaluations.due(step)
-            saves = is_due(step, config.save_freq) or last
-            if logs or evaluates or saves:
-                check_finite(config.train, objects, state, window, batch if evaluates or saves else None, step)
-            if logs:
-                means = {**window.means(), "lr": objects.optimizer.param_groups[0]["lr"]}
-                metrics.log("train", {**means, "samples_per_s": progress.rate * config.batch_size}, step)
-                progress.report(step, means)
-                window = MetricAccumulator()
-            profile.end("logging")
-            if is_due(step, config.eval_steps):
-                _validate(config, setup, metrics, step)
-            saver.collect(wait=evaluates)  # what was not saved cannot be the best
-            evaluations.collect(wait=evaluates or last)
-            if evaluates and not evaluations.gives_up(step):
-                evaluations.begin(step)
-            profile.end("eval")
-            stops = stop.stop_requested or evaluations.gives_up(step)  # from here on a signal is the next step's
-            wanted = stop.pop_checkpoint_request() or stops
-            if wanted and not saves:
-                check_finite(config.train, objects, state, window, batch, step)
-            if config.save_checkpoint and (saves or evaluations.wants_checkpoint(step, wanted)):
-                state.step, state.sampler, state.window = step, order.state_dict(), window.sums()
-                saver.begin()
-            profile.end_step("saving")
-            if stops:
-                stop.raise_if_stopped(step, saver.finished())
-                return Training(step, means, saver.newest, evaluations.newest, gave_up=True)
-    return Training(config.steps, means, saver.newest, evaluations.newest)
+    def _fit(self) -> TrainResult:
+        self.resume_interrupted_evaluation()
+        steps = range(self.state.step + 1, self.config.steps + 1)
+        for self.step in steps:
+            batch = self.next_batch()
+            losses = self.train_step(batch)  # forward, backward, all-reduce, clip, AdamW, schedule
+            self.update_metrics(losses)
 
+            # Nothing that is not finite is logged, evaluated or saved.
+            self.check_finite(batch)
+            if self.is_due(self.config.log_freq) or self.is_last_step:
+                self.log_metrics()
+            if self.is_due(self.config.eval_steps):
+                self.log_validation_loss()
 
-def _validate(config: Config, setup: Setup, metrics: Metrics, step: int) -> None:
-    loss = validation_loss(setup.objects, setup.data, setup.held_out, config.batch_size)
-    metrics.log("eval", {"loss": loss}, step)
-    log.info("step %d: validation loss %.4f", step, loss)
+            # Both work beside training, on rank 0. Saves are polled first: what was not saved cannot become `best`.
+            self.checkpoints.poll()
+            self.evaluate()
 
+            # Every rank hears of every rank's signals, and of what rank 0 wants.
+            agreed = agree(self.wants_checkpoint(), self.is_pruned)
+            ends = agreed.end or agreed.signal is not None
+            if agreed.checkpoint or ends:
+                self.save(batch)
+            self.profiler.step()
+            if ends:
+                return self.finish(early=True)
+        return self.finish()
 
-def validation_loss(objects: TrainComponents, data: BatchLoader, indices: Tensor, batch_size: int) -> float:
-    """Mean loss over the held-out frames in eval mode, batch by batch as stock LeRobot takes it (no KL term)."""
-    policy, pre = objects.policy.eval(), objects.processors.pre
-    with torch.inference_mode(), autocast(policy):
-        losses = [act_loss(policy, pre(data.batch(part)))[0] for part in torch.split(indices, batch_size)]
-    policy.train()
-    return float(torch.stack(losses).mean())
+    def next_batch(self) -> Batch:
+        """Gather, transform and normalize this rank's shard of the next batch."""
+        self._step_began = time.perf_counter()
+        with self.profiler.phase("data"):
+            batch = self.train_step.batch(next(self.inputs))
+        self._fetched = time.perf_counter()
+        return batch
 
+    def update_metrics(self, losses: Losses) -> None:
+        """Add the step's losses to the sums, which stay on the device until they are logged."""
+        skipped = losses.pop("skipped")
+        self.metrics.add({**losses, "dataloading_s": self._fetched - self._step_began}, skipped)
+        self.progress.update(time.perf_counter() - self._step_began)
 
-class _Progress:
-    """A bar where there is a terminal; everywhere a line at each log step."""
+    def check_finite(self, batch: Batch) -> None:
+        """Check the skipped steps before a line of metrics, and the weights before they are evaluated or saved."""
+        uses_weights = self.evaluator.is_due(self.step) or self.checkpoints.is_due(self.step)
+        if uses_weights or self.is_due(self.config.log_freq) or self.is_last_step:
+            self.guard.check_skipped(self.step, self.metrics)
+        if uses_weights:
+            self.guard.check_finite(self.step, batch)
 
-    def __init__(self, config: Config, start: int) -> None:
-        self._steps = config.steps
-        self._bar: tqdm[Any] = tqdm(total=config.steps, initial=start, desc=config.job_name, unit="step", disable=None)
-        self._redirect = logging_redirect_tqdm()
-        self._count, self._seconds = 0, 0.0
+    def log_metrics(self) -> None:
+        """Log the means since the last line, and start new ones."""
+        with self.profiler.phase("logging"):
+            self.means = {**self.metrics.means(), "lr": self.components.optimizer.param_groups[0]["lr"]}
+            self._log("train", {**self.means, "samples_per_s": self.progress.rate * self.config.batch_size})
+            self.progress.report(self.step, self.means)
+            self.metrics = MetricAccumulator()
 
-    def update(self, seconds: float) -> None:
-        """One step more, which took `seconds`; evaluations and saves are not steps."""
-        self._bar.update()
-        self._count += 1
-        self._seconds += seconds
+    def log_validation_loss(self) -> None:
+        """Log the mean loss over the held-out frames."""
+        if is_main():
+            loss = validation_loss(
+                self.components, self.loader, self.held_out, self.config.batch_size, self.options.loss
+            )
+            self._log("eval", {"loss": loss})
+            log.info("step %d: validation loss %.4f", self.step, loss)
+
+    def evaluate(self) -> None:
+        """Take the result of an evaluation that is over, and begin the one that is due."""
+        if not is_main():
+            return
+        with self.profiler.phase("eval"):
+            is_due = self.evaluator.is_due(self.step)
+            self.evaluator.poll(wait=is_due or self.is_last_step)
+            if is_due and not self.is_pruned:
+                self.evaluator.submit(self.step)
+
+    def wants_checkpoint(self) -> bool:
+        """Return whether this rank asks for a checkpoint of this step."""
+        signalled = self.signals.pop_checkpoint_request()
+        return signalled or self.checkpoints.is_wanted(self.step)
+
+    def save(self, batch: Batch | None = None) -> None:
+        """Save a checkpoint of this step, if it is finite."""
+        if batch is not None:
+            self.guard.check_skipped(self.step, self.metrics)
+            self.guard.check_finite(self.step, batch)
+        if self.config.save_checkpoint:
+            with self.profiler.phase("saving"):
+                self.state.step, self.state.sampler = self.step, self.sampler.state_dict()
+                self.state.window = self.metrics.sums()
+                self.checkpoints.submit()
+
+    def finish(self, early: bool = False) -> TrainResult:
+        """Wait for the last checkpoint and return the result, or raise the signal that stopped the run."""
+        self.checkpoints.wait()
+        latest = self.checkpoints.latest
+        if early:
+            self.signals.raise_if_stopped(self.step, latest.directory if latest else None)
+        return TrainResult(self.step, self.means, latest, self.evaluator.latest, pruned=early)
+
+    def resume_interrupted_evaluation(self) -> None:
+        """Evaluate again what was being evaluated when the run was stopped; save the last step, if that was it."""
+        self.step, saves = self.state.step, False
+        if is_main() and self.pending_model is not None:
+            self.evaluator.resume_pending(self.pending_model)
+            saves = self.step == self.config.steps and self.state.pending is None
+        # Rank 0 has opened the run directory; only now do the others begin a step.
+        if agree(checkpoint=saves).checkpoint:
+            self.save()
+
+    def roll_back(self, error: DivergedError) -> None:
+        """Go back to the latest valid checkpoint on every rank, with the data in another order from there on.
+
+        Raises:
+            DivergedError: there is none, or train.max_rollbacks is reached.
+        """
+        number = self.state.rollbacks + 1
+        target = rollback_target(self.config, self.run, self.start, error, number) if is_main() else None
+        checkpoint: Checkpoint = broadcast_from_main(target)
+        self.components = load_components(self.config, self.lerobot, checkpoint.model_dir)
+        self.state = restore_state(self.config, self.lerobot, checkpoint, self.components, self.sampler)
+        self.state.rollbacks, self.state.skipped = number, 0
+        self.sampler.load_state_dict(self.sampler.state_dict(), number)
+        self.start, self.pending_model = checkpoint, find_pending(checkpoint, self.state, self.config.steps)
+        if self.loggers is not None:
+            self.loggers.rolled_back(self.state.step, self.state.pending, number, error.step)
+
+    def is_due(self, freq: int) -> bool:
+        """Return whether this step is a multiple of `freq`; 0: never."""
+        return is_due(self.step, freq)
 
     @property
-    def rate(self) -> float:
-        """Steps a second since the last report."""
-        return self._count / max(self._seconds, 1e-9)
+    def is_last_step(self) -> bool:
+        """Whether this is the run's last step."""
+        return self.step == self.config.steps
 
-    def report(self, step: int, means: dict[str, float]) -> None:
-        """The means, the rate and the time left, as a line and beside the bar."""
-        left = time.strftime("%H:%M:%S", time.gmtime((self._steps - step) / max(self.rate, 1e-9)))
-        seen = {"loss": math.nan, "grad_norm": math.nan, "dataloading_s": 0.0, **means}  # all may have been skipped
-        log.info(
-            "step %d/%d: loss %.4f, gradient norm %.2f, lr %.1e, %.1f steps/s (data %.0f %%), %s left%s",
-            step, self._steps, seen["loss"], seen["grad_norm"], seen["lr"], self.rate,
-            100 * seen["dataloading_s"] * self.rate, left,
-            f"; {seen['skipped']:.0f} skipped, their loss or gradient was not finite" if "skipped" in seen else "",
-        )  # fmt: skip
-        self._bar.set_postfix(loss=f"{seen['loss']:.4f}")
-        self._count, self._seconds = 0, 0.0
+    @property
+    def is_pruned(self) -> bool:
+        """Whether the pruner ends the run at this step, before its last."""
+        return self._pruned and not self.is_last_step
 
-    def __enter__(self) -> "_Progress":
-        self._redirect.__enter__()
-        return self
+    def on_evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """Log the evaluation of `step`, report it, and let it compete for `best`."""
+        self._log("eval", evaluation.metrics, step)
+        log.info("step %d: %s", step, evaluation)
+        self._pruned = self.report is not None and self.report(step, evaluation.metrics)
+        self.checkpoints.update_best(step, list(evaluation.score))
 
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-        self._redirect.__exit__(None, None, None)
+    def _log(self, group: str, values: dict[str, float], step: int | None = None) -> None:
+        if self.loggers is not None:
+            self.loggers.log(group, values, self.step if step is None else step)
+
+    @contextmanager
+    def _open_loggers(self) -> Iterator[None]:
+        self.loggers: Metrics | None = None
+        if not is_main():
+            yield
+            return
+        state = self.state
+        with Metrics(
+            self.config, self.run, state.step, state.wandb_run_id, state.pending, state.rollbacks
+        ) as self.loggers:
+            yield
+
+    @contextmanager
+    def _open_managers(self) -> Iterator[None]:
+        """Open what works beside the loop until the next roll-back; close it in reverse, saves before evaluations."""
+        if self.loggers is not None:
+            self.state.wandb_run_id = self.loggers.wandb_run_id
+        self.metrics, self.means, self._pruned = MetricAccumulator(self.state.window), {}, False
+        device = str(self.lerobot.policy.device)
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            self.progress = enter(ProgressBar(self.config, self.state.step))
+            self.profiler: StepProfiler | NullProfiler = enter(profiling(self.config.train.profile, self.run, device))
+            self.evaluator: AsyncEvaluator = enter(
+                async_evaluator(self.config, self.lerobot.env, self.components, self.state, self.run, self.on_evaluated)
+            )
+            self.checkpoints: CheckpointManager = enter(
+                checkpoint_manager(self.config, self.lerobot, self.run, self.components, self.state, self.metadata)
+            )
+            self.inputs = enter(closing(self.loader.iter_batches(self.sampler, self.config.batch_size)))
+            self.signals: SignalState = enter(defer_signals())
+            self.guard = NanGuard(self.config.train, self.components, self.state, self.options.loss)
+            self.train_step = TrainStep(
+                self.components,
+                self.loader,
+                self.config.batch_size // world_size(),
+                replace(self.options, phase=self.profiler.phase),
+                build_graph_backend(self.config.train, torch.device(device)),
+            )
+            yield
+
+
+def validation_loss(
+    components: TrainComponents, loader: BatchLoader, indices: Tensor, batch_size: int, loss: Loss
+) -> float:
+    """Return the mean loss over frames `indices` in eval mode: no KL term, batch by batch as stock LeRobot takes it."""
+    policy, pre = components.policy.eval(), components.processors.pre
+    with torch.inference_mode(), autocast(policy):
+        losses = [loss(policy, pre(loader.batch(part)))[0] for part in torch.split(indices, batch_size)]
+    policy.train()
+    return float(torch.stack(losses).mean())

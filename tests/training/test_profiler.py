@@ -31,6 +31,7 @@ def test_a_profile_tells_where_the_time_goes(tiny: Tiny, caplog: pytest.LogCaptu
     assert sum(name.startswith("ProfilerStep#") for name in names) == 10
     assert any(name.startswith("Optimizer.step") for name in names)
     assert "aten::addmm" in names
+    assert {"data", "forward", "backward", "optimizer", "logging", "eval", "saving"} <= names
     first, last = lines(caplog)
     for split in (first, last):
         assert list(split) == ["data", "forward", "backward", "optimizer", "logging", "eval", "saving"]
@@ -58,5 +59,9 @@ def test_a_profile_that_would_come_to_nothing_is_refused_or_said(tiny: Tiny, cap
     run = tiny("steps=2").output_dir
     pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "train.profile=true"])
     assert "the run ended after 4 steps, a trace needs 25" in caplog.text
+    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=28", "train.profile=true"])
+    assert "the run ended after 22 steps, a trace needs 25" in caplog.text, "while steps are recorded"
+    assert not lines(caplog)
+    assert not (run / "profile").exists()
     with pytest.raises(ValueError, match="train.profile=True is for training, which mode=eval does not do"):
         pusht_act.run(["mode=eval", f"checkpoint={run}", "train.profile=true"])

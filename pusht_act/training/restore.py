@@ -1,0 +1,129 @@
+"""Restore a training run from a checkpoint: weights, optimizer, random streams, data order."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from lerobot.policies.act.configuration_act import ACTConfig
+from lerobot.policies.act.modeling_act import ACTPolicy
+
+from pusht_act.checkpoints import checkpoint_io
+from pusht_act.checkpoints.checkpoint import Checkpoint, latest_valid
+from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
+from pusht_act.config.lerobot import LeRobotConfig
+from pusht_act.config.schema import Config
+from pusht_act.data.sampler import EpisodeSampler
+from pusht_act.policy.act import Processors, load_policy, load_processors
+from pusht_act.policy.optim import make_optimizer, override_restored_hparams
+from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.distributed import is_main, rank, world_size
+from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.seeding import seed_training_noise
+from pusht_act.training.nan_guard import DivergedError
+
+log = logging.getLogger(__name__)
+
+
+def build_components(
+    config: Config, lerobot: LeRobotConfig, policy: ACTPolicy, processors: Processors
+) -> TrainComponents:
+    """Give `policy` a fresh optimizer and schedule."""
+    optimizer = make_optimizer(policy, lerobot.optimizer)
+    scheduler = lerobot.scheduler.build(optimizer, config.steps) if lerobot.scheduler else None
+    return TrainComponents(policy, processors, optimizer, scheduler)
+
+
+def load_components(config: Config, lerobot: LeRobotConfig, model_dir: Path) -> TrainComponents:
+    """Load policy and processors from `model_dir`, with a fresh optimizer and schedule.
+
+    Raises:
+        UserError: the checkpoint is damaged or holds another policy.
+    """
+    policy = load_policy(lerobot.policy, model_dir)
+    return build_components(config, lerobot, policy, load_processors(lerobot.policy, model_dir))
+
+
+def restore_state(
+    config: Config, lerobot: LeRobotConfig, start: Checkpoint, components: TrainComponents, sampler: EpisodeSampler
+) -> TrainerState:
+    """Load optimizer, schedule and random streams into `components`, move `sampler` to its position; return the state.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    state = checkpoint_io.load(start, components)
+    override_restored_hparams(components.optimizer, components.scheduler, lerobot.optimizer, lerobot.policy)
+
+    # Each rank has noise of its own; a rank that the checkpoint knows nothing of starts afresh.
+    if not is_main() and not checkpoint_io.load_rng_state(start, rank()):
+        seed_training_noise(config.seed, rank())
+    if (saved_ranks := checkpoint_io.saved_world_size(start)) != world_size():
+        log.warning(
+            "ranks: %d, the checkpoint's were %d: the data order continues where it was, dropout and VAE noise differ",
+            world_size(), saved_ranks,
+        )  # fmt: skip
+
+    # Stock LeRobot's checkpoints do not record the position, which then follows from the step.
+    batch_size, processes = checkpoint_io.saved_batch_size_and_world(start)
+    if batch_size not in (None, config.batch_size):
+        log.warning(
+            "batch_size=%d, the checkpoint's was %d: the data order continues where it was",
+            config.batch_size, batch_size,
+        )  # fmt: skip
+    position = state.sampler or sampler.state_at(state.step, batch_size or config.batch_size, processes)
+    sampler.load_state_dict(position, state.rollbacks)
+    return state
+
+
+def rollback_target(
+    config: Config, run: RunDir, start: Checkpoint | None, error: DivergedError, number: int
+) -> Checkpoint:
+    """Return the checkpoint that roll-back `number` goes to: the latest valid one of the run, or where it started.
+
+    Raises:
+        DivergedError: there is none, or this would be once more than train.max_rollbacks.
+    """
+    limit = config.train.max_rollbacks
+    checkpoint = latest_valid(run, error.step)[0] or start
+    remedy = "lower policy.optimizer_lr, or see whether the data set has values that are not numbers"
+    if checkpoint is None:
+        message = f"{error}, and there is no checkpoint to go back to: {remedy}"
+        raise DivergedError(message, error.step) from error
+    if number > limit:
+        hint = f"{checkpoint.directory} is valid, mode=resume resumes from it"
+        message = f"{error}, after train.max_rollbacks={limit} roll-backs: {remedy}; {hint}"
+        raise DivergedError(message, error.step) from error
+    log.warning(
+        "%s: going back to step %d, %s, and on with the data in another order (%d of train.max_rollbacks=%d)",
+        error, checkpoint.step, checkpoint.directory, number, limit,
+    )  # fmt: skip
+    return checkpoint
+
+
+def check_compatible(model_dir: Path, policy: ACTConfig, repo_id: str, features: dict[str, Any]) -> None:
+    """Refuse a checkpoint that observes something else than the data set, or normalizes otherwise than `policy` says.
+
+    Its processors are loaded as they are, so another `policy.normalization_mapping` would do nothing.
+
+    Raises:
+        UserError: naming both.
+    """
+    try:
+        saved = json.loads((model_dir / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{model_dir / 'config.json'} is damaged ({error}): give another checkpoint") from error
+    has = {key: [feature.type.name, list(feature.shape)] for key, feature in features.items()}
+    saved_features = (saved.get("input_features") or {}) | (saved.get("output_features") or {})
+    if {key: [feature["type"], feature["shape"]] for key, feature in saved_features.items()} != has:
+        raise UserError(
+            f"dataset {repo_id} has {', '.join(has)}, the checkpoint's policy was made for "
+            f"{', '.join(saved_features)}: give a data set that fits it"
+        )
+    mapping = {key: mode.name for key, mode in policy.normalization_mapping.items()}
+    if mapping != saved.get("normalization_mapping", mapping):
+        given, its = (json.dumps(each).replace('"', "") for each in (mapping, saved["normalization_mapping"]))
+        raise UserError(
+            f"policy.normalization_mapping={given}, but {model_dir} was trained with its own: "
+            f"give '+policy.normalization_mapping={its}'"
+        )
