@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-METADATA_FILE = "pusht-act"
+OURS = "pusht-act"
 LOOPS = ("compute", "eager")
 MB = 1 << 20
 WAIT_S = 120  # for the one who reads the memory
@@ -80,13 +80,13 @@ def main() -> None:
         _repeat_data(options["episodes"])
     if options.get("timed"):
         _time_evaluation(Path(options["report"]), options["videos"])
-    script = Path(sys.executable).with_name(METADATA_FILE if program in LOOPS else program)
+    script = Path(sys.executable).with_name(OURS if program in LOOPS else program)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def _tick_after_steps(program: str, clock: Clock) -> None:
-    if program in (METADATA_FILE, "compute"):
+    if program in (OURS, "compute"):
         from pusht_act.training.train_step import TrainStep
 
         step = TrainStep.__call__

@@ -30,7 +30,7 @@ ASSUMED = {
     *("opencv-python", "opencv-python-headless"),
 }
 """Packages that gpu_suite.sh takes to be on the GPU machine."""
-METADATA_FILE = {"pusht-act", "pip", "setuptools"}
+NOT_CARRIED = {"pusht-act", "pip", "setuptools"}
 LAZY = {"accelerate", "psutil", "dill"}
 """Packages imported only when used."""
 EPISODES, LENGTH = 100, 125
@@ -49,7 +49,7 @@ def list_packages() -> None:
     of_torch = {
         re.split(r"[^\w.-]", need)[0].lower() for need in metadata.requires("torch") or () if "extra" not in need
     }
-    for name in sorted({name.lower() for name in names} - ASSUMED - of_torch - METADATA_FILE):
+    for name in sorted({name.lower() for name in names} - ASSUMED - of_torch - NOT_CARRIED):
         print(f"{name}=={metadata.version(name)}")
 
 

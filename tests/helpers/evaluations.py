@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pusht_act.evaluation.evaluate import Evaluation
+from pusht_act.evaluation.evaluate import Evaluation, evaluate
 from pusht_act.training import async_evaluation as evaluations
 from pusht_act.training import train_step as step_module
 from tests.helpers.training import metrics
@@ -33,7 +33,7 @@ class Late:
         self.steps_meanwhile: list[int] = []
         self._step, self._asked = 0, 0
         self._open, self._done = threading.Event(), threading.Event()
-        self._evaluate, self._train_step = evaluations.evaluate, step_module.train_step
+        self._evaluate, self._train_step = evaluate, step_module.train_step
         patch.setattr(evaluations, "evaluate", self.evaluate)
         patch.setattr(step_module, "train_step", self.train_step)
         patch.setattr(evaluations.Evaluations, "_start", self.starting(evaluations.Evaluations._start))
