@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import Clocked, TimedRun, data_overrides, on_cuda, record, spread, told, turn_of
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import Clocked, TimedRun, data_overrides, on_cuda, record, spread, told, turn_of
 from pusht_act.data.cache import cache_root
 
 SMALL = ["policy=act_small", "policy.chunk_size=16"]

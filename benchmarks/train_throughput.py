@@ -30,7 +30,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from measure import Clocked, TimedRun, data_overrides, on_cuda, record, spread, stock_arguments, told, turn
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import Clocked, TimedRun, data_overrides, on_cuda, record, spread, stock_arguments, told, turn
 
 SMALL = [
     "policy=act_small", "policy.chunk_size=16", "+policy.n_decoder_layers=2", "+policy.use_vae=false",

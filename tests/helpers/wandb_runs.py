@@ -1,4 +1,4 @@
-"""Reading W&B's files, and servers that stand in for its own."""
+"""W&B without an account: what it has written, read back."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import hydra
 import pytest
 import wandb
 from wandb.apis import InternalApi
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined] # made as it is imported
 from wandb.sdk.internal.datastore import DataStore
 
 from pusht_act.config.schema import Config
@@ -49,7 +49,7 @@ def records(path: Path) -> list[Record]:
     """What W&B would send."""
     wandb.teardown()  # its service writes the file a moment after the run's end
     store = DataStore()
-    store.open_for_scan(str(path))
+    store.open_for_scan(str(path))  # type: ignore[no-untyped-call]
     return [Record.FromString(data) for data in iter(store.scan_data, None)]
 
 

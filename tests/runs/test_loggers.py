@@ -32,7 +32,8 @@ def test_means_do_not_depend_on_where_a_checkpoint_was_taken(losses: list[float]
         skipped = data.draw(st.booleans())
         finite += [] if skipped else [loss]
         for window in (whole, broken):
-            values = {"loss": torch.tensor(torch.nan if skipped else loss), "dataloading_s": loss / 7}
+            values: dict[str, torch.Tensor | float] = {"dataloading_s": loss / 7}
+            values["loss"] = torch.tensor(torch.nan if skipped else loss)
             window.add(values, torch.tensor(float(skipped)))
     assert broken.means() == whole.means()  # to the bit: a resumed run repeats its log
     assert whole.means().get("skipped", 0) == len(losses) - len(finite)

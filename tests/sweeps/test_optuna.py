@@ -203,8 +203,8 @@ def test_an_impossible_search_space_is_named(override: str, said: str) -> None:
 
 def options(**changed: Any) -> OptunaConfig:
     """Those of conf/hydra/sweeper/optuna.yaml, some changed."""
-    values = OmegaConf.load(Path(CONFIG_DIR) / "hydra" / "sweeper" / "optuna.yaml")
-    del values["defaults"]  # type: ignore[attr-defined]
+    values: Any = OmegaConf.load(Path(CONFIG_DIR) / "hydra" / "sweeper" / "optuna.yaml")
+    del values["defaults"]
     found: Any = OmegaConf.to_object(OmegaConf.merge(OptunaConfig, values, changed))
     return found  # type: ignore[no-any-return]
 
