@@ -76,9 +76,9 @@ def test_a_missing_or_broken_file_is_refused(
 
 
 def test_embed_writes_file_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
-    source = tmp_path / "embedded.py"
+    source = tmp_path / "builtin.py"
     source.write_text(Path(embedded.__file__).read_text())
-    monkeypatch.setattr(embedded, "PATH", tmp_path / "embedded.npz")
+    monkeypatch.setattr(embedded, "PATH", tmp_path / "builtin.npz")
     monkeypatch.setattr(embedded, "__file__", str(source))
     made = embed.make(2, workers=1)
     digest = embed.write(made)
