@@ -9,27 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import hydra
 import pytest
 from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 
 import pusht_act
 from pusht_act.checkpoints import hub
-from pusht_act.config.schema import Config
-from pusht_act.config.validation import to_config
-from pusht_act.main import CONFIG_DIR
+from tests.helpers.config import config
 from tests.helpers.runs import TINY
 
 METRICS = {
     "pc_success": 61.4, "pc_success_low": 57.1, "pc_success_high": 65.5, "avg_max_reward": 0.8765, "n_episodes": 500,
 }  # fmt: skip
 COMMAND = "pusht-act seed=3 policy.push_to_hub=true"
-
-
-def config(*overrides: str) -> Config:
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
-        return to_config(hydra.compose("config", list(overrides)))
 
 
 def card(*overrides: str, metrics: dict[str, float] | None = None) -> ModelCard:

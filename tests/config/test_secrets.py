@@ -12,10 +12,9 @@ from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.job import Result
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
-from tests.helpers.wandb_runs import config, nobody, records
-from tests.helpers.wandb_server import Server, server
-
-__all__ = ["nobody", "server"]
+from tests.helpers.config import config
+from tests.helpers.wandb_runs import records
+from tests.helpers.wandb_server import Server
 
 WANDB = "0123456789abcdef0123456789abcdef01234567"
 HUB = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"

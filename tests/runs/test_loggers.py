@@ -16,8 +16,9 @@ import pusht_act
 from pusht_act.runs.loggers import JsonlLogger, Metrics
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.training.metrics import MetricAccumulator
+from tests.helpers.config import config
 from tests.helpers.runs import TINY
-from tests.helpers.wandb_runs import config, forget_settings, history, lines, records
+from tests.helpers.wandb_runs import forget_settings, history, lines, records
 
 LOSSES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
 
