@@ -1,0 +1,1 @@
+"""Comparisons with stock LeRobot, and tests too long for the suite: `python benchmarks/NAME.py --help`."""

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-METADATA_FILE = "pusht-act"
+OURS = "pusht-act"
 LOOPS = ("compute", "eager")
 MB = 1 << 20
 WAIT_S = 120  # for the one who reads the memory
@@ -39,7 +39,7 @@ class Clock:
         import torch
 
         self._count += 1
-        on_cuda = torch.cuda.is_initialized()
+        on_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if on_cuda:  # stock resets the peak at every step
             self._cuda_bytes = max(self._cuda_bytes, torch.cuda.max_memory_allocated())
         if (self._count - 1) % self._every and self._count != self._steps:
@@ -80,13 +80,13 @@ def main() -> None:
         _repeat_data(options["episodes"])
     if options.get("timed"):
         _time_evaluation(Path(options["report"]), options["videos"])
-    script = Path(sys.executable).with_name(METADATA_FILE if program in LOOPS else program)
+    script = Path(sys.executable).with_name(OURS if program in LOOPS else program)
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 
 
 def _tick_after_steps(program: str, clock: Clock) -> None:
-    if program in (METADATA_FILE, "compute"):
+    if program in (OURS, "compute"):
         from pusht_act.training.train_step import TrainStep
 
         step = TrainStep.__call__
@@ -96,7 +96,7 @@ def _tick_after_steps(program: str, clock: Clock) -> None:
             clock.tick()
             return losses
 
-        TrainStep.__call__ = timed
+        TrainStep.__call__ = timed  # type: ignore[method-assign]
     else:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -107,7 +107,8 @@ def _replace_loop(name: str) -> None:
     """Everything up to the loop is our command's own: data, policy, optimizer."""
     import pusht_act.training.trainer
 
-    pusht_act.training.trainer.train = {"compute": _compute, "eager": _eager}[name]
+    loop: Any = {"compute": _compute, "eager": _eager}[name]
+    pusht_act.training.trainer.train = loop
 
 
 def _compute(config: Any, lerobot: Any, setup: Any, *_: Any) -> None:
@@ -115,7 +116,7 @@ def _compute(config: Any, lerobot: Any, setup: Any, *_: Any) -> None:
 
     take_step = make_step(config, lerobot, setup)
     batch = take_step.batch(next(setup.data.iter_batches(setup.order, config.batch_size)))
-    for _ in range(config.steps):
+    for _step in range(config.steps):
         take_step(batch)
     sys.exit()
 
@@ -148,10 +149,9 @@ def _repeat_data(episodes: int) -> None:
     """Give our loop the data set over and over until it has so many episodes, from the cache like any other."""
     import numpy as np
 
-    import pusht_act.training.trainer
     from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, cache_root, load_or_build
-
-    open_dataset = pusht_act.training.trainer.open_dataset
+    from pusht_act.data.dataset import open_dataset
+    from pusht_act.training import build as build_module
 
     def repeated(config: Any, lerobot: Any) -> FrameDataset:
         frames = open_dataset(config, lerobot)
@@ -178,7 +178,7 @@ def _repeat_data(episodes: int) -> None:
 
         return load_or_build(frames.repo_id, f"repeated-{frames.key}-{episodes}", build)
 
-    pusht_act.training.trainer.open_dataset = repeated
+    build_module.open_dataset = repeated  # type: ignore[attr-defined]
 
 
 def _time_evaluation(report: Path, videos: bool) -> None:

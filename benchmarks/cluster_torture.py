@@ -104,7 +104,7 @@ class Sweep:
             return
         self.under_way[job] = Preemption(way, time.monotonic(), tries, last_step(run))
         with suppress(ProcessLookupError):  # it may have ended meanwhile
-            if way == "SIGUSR2":  # by ourselves, as slurmstepd does: tests/slurm says why not by scancel
+            if way == "SIGUSR2":  # by ourselves, as slurmstepd does: tests/sweeps/test_slurm.py says why not by scancel
                 os.kill(pid, signal.SIGUSR2)
             else:
                 (script,) = (self.folder / ".submitit").rglob("*_submission.sh")

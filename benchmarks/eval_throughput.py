@@ -21,7 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import Clocked, pusht_act, record, spread, stock_arguments, told
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import Clocked, pusht_act, record, spread, stock_arguments, told
 
 VIDEOS = 10
 """How many lerobot-eval writes."""

@@ -25,12 +25,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import record, table
+
 ASSUMED = {
     *("torch", "triton", "torchvision", "pillow", "numpy", "pandas", "pyarrow"),
     *("opencv-python", "opencv-python-headless"),
 }
 """Packages that gpu_suite.sh takes to be on the GPU machine."""
-METADATA_FILE = {"pusht-act", "pip", "setuptools"}
+NOT_CARRIED = {"pusht-act", "pip", "setuptools"}
 LAZY = {"accelerate", "psutil", "dill"}
 """Packages imported only when used."""
 EPISODES, LENGTH = 100, 125
@@ -49,7 +52,7 @@ def list_packages() -> None:
     of_torch = {
         re.split(r"[^\w.-]", need)[0].lower() for need in metadata.requires("torch") or () if "extra" not in need
     }
-    for name in sorted({name.lower() for name in names} - ASSUMED - of_torch - METADATA_FILE):
+    for name in sorted({name.lower() for name in names} - ASSUMED - of_torch - NOT_CARRIED):
         print(f"{name}=={metadata.version(name)}")
 
 
@@ -115,7 +118,7 @@ class Suite:
 
     def late(self) -> bool:
         """Whether nothing new is to begin."""
-        return time.monotonic() - self.began > 60 * self.args.minutes
+        return bool(time.monotonic() - self.began > 60 * self.args.minutes)
 
     def timed(self, once: Callable[[], None]) -> dict[str, float]:
         """Seconds a step, and peak memory; what is compiled, chosen and captured is so before the clock starts."""
@@ -143,7 +146,7 @@ def made_up_frames(side: int) -> Any:
     from pusht_act.data.cache import FrameDataset
 
     n, rng = EPISODES * LENGTH, np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "observation.image": rng.integers(0, 256, (n, 3, side, side), dtype=np.uint8),
         "observation.state": rng.uniform(0, 512, (n, 2)).astype(np.float32),
         "action": rng.uniform(0, 512, (n, 2)).astype(np.float32),
@@ -234,8 +237,9 @@ def _stock(suite: Suite, batch_size: int, precision: str) -> Callable[[], None]:
     objects = suite.objects()
     optimizer = AdamWConfig(lr=1e-4).build(objects.policy.get_optim_params())
     workers = 0 if suite.args.tiny else 4
-    loader = torch.utils.data.DataLoader(
-        Pictures(suite.frames, suite.config.chunk_size), batch_size=batch_size, shuffle=True, num_workers=workers,
+    pictures: Any = Pictures(suite.frames, suite.config.chunk_size)
+    loader: Any = torch.utils.data.DataLoader(
+        pictures, batch_size=batch_size, shuffle=True, num_workers=workers,
         pin_memory=suite.on_cuda, persistent_workers=workers > 0,
     )  # fmt: skip
     policy, optimizer, loader = accelerator.prepare(objects.policy, optimizer, loader)
@@ -293,8 +297,7 @@ def main() -> None:
         list_packages()
         return
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    from gpu_checks import checks
-    from measure import record, table
+    from benchmarks.gpu_checks import checks
 
     found = record(args)
     suite = Suite(args)

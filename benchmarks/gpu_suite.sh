@@ -6,7 +6,8 @@
 #   benchmarks/gpu_suite.sh [gpu_suite.py's]   on the GPU machine, from a copy of the project with .wheels/ in it
 #
 # Taken to be on the GPU machine already, since they are large: Python 3.12 with torch, triton, torchvision, Pillow, numpy,
-# pandas, pyarrow and OpenCV. Everything else that `pusht_act.step` and stock's step import is carried, 64 MiB at most.
+# pandas, pyarrow and OpenCV. Everything else that `pusht_act.training.train_step` and stock's step import is carried,
+# 64 MiB at most.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS=.wheels

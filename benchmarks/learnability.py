@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from measure import pusht_act, record, told
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import pusht_act, record, told
 from pusht_act.evaluation.stats import wilson_interval
 
 NOISE = 3.0  # px; a demonstration then takes 2.5 times as long, with 8 px five times

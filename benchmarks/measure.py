@@ -102,7 +102,7 @@ class Clocked:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class TimedRun:
     """What one run under the clock came to."""
 
     step_s: list[float]
@@ -117,7 +117,7 @@ class StepResult:
         return median(self.step_s)
 
 
-def turn(clocked: Clocked, warm_up: int) -> StepResult:
+def turn(clocked: Clocked, warm_up: int) -> TimedRun:
     """Wait for `clocked`, read its memory, let it end; its first `warm_up` steps are left out of the step times."""
     report = clocked.wait()
     memory = clocked.memory()
@@ -125,14 +125,14 @@ def turn(clocked: Clocked, warm_up: int) -> StepResult:
     return turn_of(clocked, report, memory, warm_up)
 
 
-def turn_of(clocked: Clocked, report: dict[str, Any], memory: Memory, warm_up: int) -> StepResult:
+def turn_of(clocked: Clocked, report: dict[str, Any], memory: Memory, warm_up: int) -> TimedRun:
     """The turn that `report` and `memory` tell of."""
     ends = report["ends"]
     if not ends:
         sys.exit(f"{clocked.program} made no step\n{clocked.output[-3000:]}")
     kept = ends[warm_up // report["every"] :]
     steps = [(b - a) / report["every"] for a, b in pairwise(kept)]
-    return StepResult(steps, ends[0] - clocked.launched, memory, report["cuda_bytes"] / MB, clocked.output)
+    return TimedRun(steps, ends[0] - clocked.launched, memory, report["cuda_bytes"] / MB, clocked.output)
 
 
 def tree_memory(root: int) -> Memory:

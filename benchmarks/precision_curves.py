@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from measure import record, told
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import record, told
 
 WAYS = {
     "bf16": ["train.precision=bf16"],

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import Clocked, StepResult, data_overrides, on_cuda, record, spread, told, turn_of
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import Clocked, TimedRun, data_overrides, on_cuda, record, spread, told, turn_of
 from pusht_act.data.cache import cache_root
 
 SMALL = ["policy=act_small", "policy.chunk_size=16"]
@@ -33,7 +33,7 @@ def overrides(args: argparse.Namespace, folder: Path, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def together(args: argparse.Namespace, runs: int, episodes: int, steps: int, folder: Path) -> list[StepResult]:
+def together(args: argparse.Namespace, runs: int, episodes: int, steps: int, folder: Path) -> list[TimedRun]:
     """`runs` runs at once on `episodes` episodes."""
     clocks = []
     for i in range(runs):
@@ -62,7 +62,7 @@ def build(args: argparse.Namespace, episodes: int, folder: Path) -> str | None:
 
 
 def row(
-    args: argparse.Namespace, runs: int, episodes: int, done: list[list[StepResult]], base: list[list[StepResult]]
+    args: argparse.Namespace, runs: int, episodes: int, done: list[list[TimedRun]], base: list[list[TimedRun]]
 ) -> Any:
     """Medians over all turns; memory of all runs together."""
     step_s = median(s for turns in done for t in turns for s in t.step_s)
@@ -100,7 +100,7 @@ def main() -> None:
     args.every = 5 if on_cuda() else 1
     found = record(args)
     before = set(cache_root().glob("repeated-*"))
-    turns: dict[tuple[int, int], list[list[StepResult]]] = defaultdict(list)
+    turns: dict[tuple[int, int], list[list[TimedRun]]] = defaultdict(list)
     left_out: dict[int, str] = {}
     try:
         with tempfile.TemporaryDirectory() as temporary:

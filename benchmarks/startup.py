@@ -16,7 +16,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from measure import Clocked, data_overrides, record, spread, stock_arguments, told, turn
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import Clocked, data_overrides, record, spread, stock_arguments, told, turn
 
 ANSWERS = {
     "--help": (["pusht-act", "--help"], ["lerobot-train", "--help"]),
@@ -81,8 +82,8 @@ def main() -> None:
     table = []
     for name, by_side in seconds.items():
         row: dict[str, Any] = {"from launch to": name}
-        for side, took in by_side.items():
-            row |= {f"{side}, s": median(took), f"{side}, lowest to highest": spread(took)}
+        for side, turns_s in by_side.items():
+            row |= {f"{side}, s": median(turns_s), f"{side}, lowest to highest": spread(turns_s)}
         if "stock" in by_side:
             row["stock / ours"] = median(by_side["stock"]) / median(by_side["ours"])
         table.append(row)

@@ -26,6 +26,7 @@ from typing import Any
 from safetensors.numpy import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import record, told
 from pusht_act.checkpoints.manifest import find_corruption
 from tests.helpers.commands import Commands
 
@@ -218,8 +219,6 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    from measure import record, told
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

@@ -30,7 +30,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from measure import Clocked, StepResult, data_overrides, on_cuda, record, spread, stock_arguments, told, turn
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import Clocked, TimedRun, data_overrides, on_cuda, record, spread, stock_arguments, told, turn
 
 SMALL = [
     "policy=act_small", "policy.chunk_size=16", "+policy.n_decoder_layers=2", "+policy.use_vae=false",
@@ -54,7 +55,7 @@ def job(args: argparse.Namespace, batch_size: int) -> list[str]:
     ]  # fmt: skip
 
 
-def run(args: argparse.Namespace, side: str, batch_size: int, folder: Path) -> tuple[StepResult, float | None]:
+def run(args: argparse.Namespace, side: str, batch_size: int, folder: Path) -> tuple[TimedRun, float | None]:
     """One turn of `side`, and what it says a step's data took, in seconds."""
     output = folder / "run"
     overrides = [*job(args, batch_size), f"output_dir={output}"]
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace, side: str, batch_size: int, folder: Path) -> t
     return done, median(logged[1:] or logged) if logged else None
 
 
-def rows(batch_size: int, turns: dict[str, list[tuple[StepResult, float | None]]]) -> list[dict[str, Any]]:
+def rows(batch_size: int, turns: dict[str, list[tuple[TimedRun, float | None]]]) -> list[dict[str, Any]]:
     """One a side: medians over all steps of all turns, and ours against it."""
     medians = {side: median(s for t, _ in done for s in t.step_s) for side, done in turns.items()}
     means = {side: fmean(s for t, _ in done for s in t.step_s) for side, done in turns.items()}
@@ -139,7 +140,7 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as temporary:
         for batch_size in args.batch_sizes or CASES[args.case]["batch_sizes"]:
-            turns: dict[str, list[tuple[StepResult, float | None]]] = defaultdict(list)
+            turns: dict[str, list[tuple[TimedRun, float | None]]] = defaultdict(list)
             for repeat in range(args.repeats):
                 for side in sides:
                     folder = Path(temporary) / f"{side}-{batch_size}-{repeat}"

@@ -1,5 +1,5 @@
 """Where Hydra finds `hydra/sweeper=optuna`: it takes sweepers from modules of `hydra_plugins` only, and imports these
-at every start. What the sweeper does is in pusht_act/optuna_sweeper.py.
+at every start. What the sweeper does is in pusht_act/sweeps/optuna_sweeper.py.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 
-class OptunaSweeper(Sweeper):
-    """A sweep whose values Optuna chooses; the options (config.OptunaConfig) are read from hydra.sweeper."""
+class OptunaSweeper(Sweeper):  # type: ignore[misc]
+    """A sweep whose values Optuna chooses; the options (config.schema.OptunaConfig) are read from hydra.sweeper."""
 
     def __init__(self, **_: Any) -> None:
         pass

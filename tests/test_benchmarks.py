@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SHARED = ("measure.py", "clocked.py", "forked.py", "gpu_checks.py", "slurm.py")
+SHARED = ("__init__.py", "measure.py", "clocked.py", "gpu_checks.py")
 SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in SHARED)
 
 

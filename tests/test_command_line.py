@@ -42,7 +42,8 @@ def command(*arguments: str, cwd: Path, flags: tuple[str, ...] = ()) -> subproce
 
 def compose(*overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
-        return hydra.compose("config", list(overrides), return_hydra_config=True)
+        cfg: DictConfig = hydra.compose("config", list(overrides), return_hydra_config=True)
+    return cfg
 
 
 def help_text(cwd: Path) -> str:

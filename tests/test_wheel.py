@@ -55,7 +55,7 @@ def test_the_wheel_holds_all_of_conf(installed: Path) -> None:
 
 
 def test_the_wheel_holds_the_embedded_demonstrations(installed: Path) -> None:
-    assert (installed / "pusht_act" / "demos" / "embedded.npz").is_file()
+    assert (installed / "pusht_act" / "demos" / "builtin.npz").is_file()
 
 
 def test_the_wheel_holds_the_command_and_no_tests(installed: Path) -> None:

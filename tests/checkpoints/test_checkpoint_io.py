@@ -74,7 +74,7 @@ DAMAGED = [
 
 @pytest.mark.parametrize("file", DAMAGED)
 def test_without_a_manifest_a_truncated_file_is_named(run: Path, file: str) -> None:
-    """As in a checkpoint of stock LeRobot; with one, see tests/faults/test_checkpoint_files.py."""
+    """As in a checkpoint of stock LeRobot; with one, see test_damaged_files.py."""
     last = run / "checkpoints" / "000002"
     (last / "manifest.json").unlink()
     path = last / file

@@ -191,7 +191,7 @@ def test_a_save_that_has_no_room_is_tried_again_at_the_next(
         nonlocal step
         step += 1
         free = 12_345 if step in full_at else 10**12
-        monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
         return real(*arguments)
 
     monkeypatch.setattr(step_module, "train_step", counted)

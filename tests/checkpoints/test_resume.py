@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 import pusht_act
 from pusht_act.checkpoints.resume import RESULT_NEUTRAL_KEYS, _differences
 from pusht_act.config.validation import to_config
+from pusht_act.evaluation.evaluate import Evaluation, evaluate
 from pusht_act.job import Result
-from pusht_act.runs.provenance import CONFIG_PART
+from pusht_act.runs.run_dir import CONFIG_PART
 from pusht_act.training import async_evaluation as evaluations
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import TINY, tiny_command
@@ -145,11 +146,13 @@ def test_an_evaluation_that_was_cut_short_at_the_last_step_is_all_that_is_done(
     state.write_text(json.dumps(json.loads(state.read_text()) | {"pending": 4, "best": None}))
     (run / "checkpoints/000004/manifest.json").unlink()
     (run / "checkpoints/best").unlink()
-    steps: list[Any] = []
-    evaluate = evaluations.evaluate
-    monkeypatch.setattr(
-        evaluations, "evaluate", lambda *given, **options: steps.append(1) or evaluate(*given, **options)
-    )
+    steps: list[int] = []
+
+    def counted(*given: Any, **options: Any) -> Evaluation:
+        steps.append(1)
+        return evaluate(*given, **options)
+
+    monkeypatch.setattr(evaluations, "evaluate", counted)
     assert again(run, *options).step == 4
     assert steps == [1]
     assert_same_bits(whole, run)

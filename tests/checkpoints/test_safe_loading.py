@@ -70,8 +70,8 @@ def step(number: int, name: str = "policy_preprocessor.json", **values: Any) -> 
     return apply
 
 
-def text(name: str, content: str) -> Callable[[Path], None]:
-    return lambda model: (model / name).write_text(content) and None
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda model: (model / name).write_text(content)
 
 
 def pickled_only(model: Path) -> None:
@@ -83,8 +83,8 @@ def pickle_named_safetensors(model: Path) -> None:
     (model / "model.safetensors").write_bytes(pickle.dumps(Pickled()))
 
 
-def header_of(length: int) -> Callable[[Path], None]:
-    return lambda model: (model / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}") and None
+def header_of(length: int) -> Callable[[Path], object]:
+    return lambda model: (model / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
 
 
 def not_a_file(model: Path) -> None:
@@ -93,7 +93,7 @@ def not_a_file(model: Path) -> None:
 
 
 # What is done to the folder, and what the one line must contain.
-HOSTILE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+HOSTILE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "pickled weights": (pickled_only, ("pytorch_model.bin, a pickle", "never read", "model.safetensors")),
     "a pickle by another name": (pickle_named_safetensors, ("model.safetensors is missing or damaged",)),
     "an endless header": (header_of(2**62), ("model.safetensors is missing or damaged",)),
@@ -117,7 +117,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "memory for a chunk": (change("config.json", chunk_size=10**12), ("chunk_size=1000000000000 does not fit",)),
     "deep JSON": (text("config.json", "[" * 10**5), ("config.json is damaged",)),
     "a list": (text("config.json", "[]"), ("config.json is damaged (no JSON object)",)),
-    "no text": (lambda model: (model / "config.json").write_bytes(b"\xff\xfe\0") and None, ("config.json is damaged",)),
+    "no text": (lambda model: (model / "config.json").write_bytes(b"\xff\xfe\0"), ("config.json is damaged",)),
     "vast JSON": (text("train_config.json", " " * 17_000_000), ("train_config.json is damaged (no file of a plaus",)),
     "a folder for a file": (not_a_file, ("holds no checkpoint",)),
     "ours without a config": (text("pusht_act.json", "{}"), ("pusht_act.json is damaged",)),
@@ -128,11 +128,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "stock's of another form": (change("train_config.json", dataset="x"), ("train_config.json is damaged (dataset",)),
     "a class to import": (
-        step(1, **{"registry_name": None, "class": "os.system"}),
+        step(1, registry_name=None, **{"class": "os.system"}),
         ("policy_preprocessor.json names a class to import (os.system)", "never done"),
     ),
     "a class of LeRobot's": (
-        step(1, **{"registry_name": None, "class": "lerobot.processor.DeviceProcessorStep"}),
+        step(1, registry_name=None, **{"class": "lerobot.processor.DeviceProcessorStep"}),
         ("names a class to import",),
     ),
     "another step": (step(1, registry_name="tokenizer_processor"), ("tokenizer_processor is none of those",)),
@@ -182,7 +182,7 @@ def test_a_state_file_is_a_safetensors_file_of_the_folder(name: str, file: Any, 
 
 
 def test_weights_to_begin_with_are_looked_at_too(hostile: Path) -> None:
-    step(1, **{"registry_name": None, "class": "os.system"})(hostile / "pretrained_model")
+    step(1, registry_name=None, **{"class": "os.system"})(hostile / "pretrained_model")
     with pytest.raises(ValueError, match="names a class to import"):
         pusht_act.run([*TINY, f"+policy.pretrained_path={hostile}", "output_dir=out"])
 

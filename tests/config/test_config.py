@@ -45,7 +45,8 @@ TABLE = [  # key, default, another value: one row for each of the scripts' param
 
 def compose(*overrides: str) -> DictConfig:
     with hydra.initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
-        return hydra.compose("config", list(overrides))
+        cfg: DictConfig = hydra.compose("config", list(overrides))
+    return cfg
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,17 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from pusht_act import main
-from pusht_act.checkpoints import hub
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.job import Result
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
-from tests.helpers.wandb_runs import config, nobody, records
-from tests.helpers.wandb_server import Server, server
-
-__all__ = ["nobody", "server"]
+from tests.helpers.config import config
+from tests.helpers.wandb_runs import records
+from tests.helpers.wandb_server import Server
 
 WANDB = "0123456789abcdef0123456789abcdef01234567"
 HUB = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
@@ -50,9 +49,9 @@ def test_a_runs_files_and_output_hold_no_token_of_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pushed: list[bytes] = []
-    monkeypatch.setattr(hub.HfApi, "create_repo", lambda *_, **__: None)
-    monkeypatch.setattr(hub.HfApi, "upload_file", lambda *_, path_or_fileobj, **__: pushed.append(path_or_fileobj))
-    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda *_, **__: type("Commit", (), {"commit_url": "there"}))
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(HfApi, "upload_file", lambda *_, path_or_fileobj, **__: pushed.append(path_or_fileobj))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **__: type("Commit", (), {"commit_url": "there"}))
     with caplog.at_level("DEBUG"):
         tiny("wandb.enable=true", "wandb.mode=offline", "policy.push_to_hub=true", "policy.repo_id=me/act")
     run = in_tmp / "run"

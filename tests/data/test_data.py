@@ -89,7 +89,7 @@ def test_order_is_episode_aware_samplers(lengths: list[int], seed: int, batch_si
     step = 0
     for _ in range(3):
         epoch = torch.tensor(list(stock))
-        for expected in epoch.split(batch_size):
+        for expected in torch.split(epoch, batch_size):
             assert order.state_at(step, batch_size) == compute_sampler_state(step, len(order), batch_size, 1)
             fresh = EpisodeSampler(frames, episodes, seed)
             fresh.load_state_dict(order.state_at(step, batch_size))
@@ -132,7 +132,7 @@ def test_eval_split_holds_out_what_stock_holds_out(keypoints_dataset: Path) -> N
     dataset = DatasetConfig("local/tiny", root=str(keypoints_dataset), eval_split=0.4, video_backend="pyav")
     stock = make_train_eval_datasets(TrainPipelineConfig(dataset=dataset, policy=ACTConfig(device="cpu")))
     ours = split_episodes(open_lerobot_dataset(dataset), None, 0.4)
-    assert ours == (stock[0].episodes, stock[1].episodes)  # type: ignore[union-attr]
+    assert ours == (stock[0].episodes, stock[1].episodes)
     with pytest.raises(ValueError, match="eval_split=0.9 leaves none of 1"):
         split_episodes(open_lerobot_dataset(dataset), [0], 0.9)
     with pytest.raises(ValueError, match=r"dataset.episodes=\[3\] are not in local/tiny: it has 0 to 2"):

@@ -2,13 +2,14 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pusht_act.demos.expert import Demonstration, demonstrate, demonstrate_many
 from pusht_act.demos.planner import PlannerOptions
-from pusht_act.envs.pusht import make_env, reset_to
+from pusht_act.envs.pusht import Start, make_env, reset_to
 
 SEED = 400_003
 
@@ -115,7 +116,7 @@ def test_labels_answer_to_where_the_noise_led() -> None:
 
 
 def test_workers_change_neither_order_nor_results() -> None:
-    starts = [SEED, (60.0, 400.0, 200.0, 220.0, 2.0), 400_001]
+    starts: list[Start] = [SEED, (60.0, 400.0, 200.0, 220.0, 2.0), 400_001]
     calls: list[tuple[int, int]] = []
     alone = demonstrate_many(starts, workers=1, progress=lambda done, total: calls.append((done, total)))
     both = demonstrate_many(starts, workers=2, progress=lambda done, total: calls.append((done, total)))
@@ -144,7 +145,7 @@ def test_a_worker_needs_no_torch() -> None:
         ({"seed": -1}, r"seed=-1: choose"),
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, float], message: str) -> None:
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         PlannerOptions(**options)
     assert "\n" not in str(caught.value)

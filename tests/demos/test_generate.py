@@ -20,7 +20,7 @@ import pusht_act
 from pusht_act.demos import collect
 from pusht_act.demos import generate as dataset
 from pusht_act.demos.dataset_stats import HUMAN, dataset_stats
-from pusht_act.demos.expert import Demonstration
+from pusht_act.demos.expert import Demonstration, demonstrate
 from pusht_act.demos.replay import replay
 from pusht_act.envs.pusht import make_env, reset_to
 from pusht_act.job import Result
@@ -42,7 +42,7 @@ BOTH = {
     "next.success": {"dtype": "bool", "shape": [1], "names": None},
     **INDEX,
 }
-SEEN = {
+SEEN: dict[str, dict[str, Any]] = {
     "pusht": {
         "observation.image": {"dtype": "video", "shape": [96, 96, 3], "names": ["height", "width", "channel"]},
     },
@@ -94,7 +94,6 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seeds.append(seed)
         return demonstrate(seed, options)
 
-    demonstrate = collect.demonstrate
     monkeypatch.setattr(collect, "demonstrate", counted)
     return seeds
 
@@ -258,19 +257,19 @@ def test_every_option_changes_the_demonstrations(override: str, keypoints: Resul
 def test_a_job_that_was_stopped_goes_on(
     planned: list[int], keypoints: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, planning = collect.demonstrate, tmp_path / "again"
+    planning = tmp_path / "again"
 
     def stopped(seed: int, options: Any) -> Demonstration:
         if len(planned) == 2:
             raise KeyboardInterrupt
-        return whole(seed, options)
+        return demonstrate(seed, options)
 
     monkeypatch.setattr(collect, "demonstrate", stopped)
     with pytest.raises(KeyboardInterrupt):
         make(planning, count=3)
     assert planned == [START, START + 1]
     assert not planning.exists()
-    monkeypatch.setattr(collect, "demonstrate", whole)
+    monkeypatch.setattr(collect, "demonstrate", demonstrate)
     work = next(planning.with_name("again.work").glob("*/planned"))
     (work / f"{START}.npz").write_bytes(b"half a file")  # as after a power cut
     with monkeypatch.context() as broken:
@@ -315,10 +314,8 @@ def running(pid: int) -> bool:
 def test_a_start_that_is_not_solved_is_left_out_and_named(
     keypoints: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = collect.demonstrate
-
     def sometimes(seed: int, options: Any) -> Demonstration:
-        return replace(whole(seed, options), success=seed != START)
+        return replace(demonstrate(seed, options), success=seed != START)
 
     monkeypatch.setattr(collect, "demonstrate", sometimes)
     with caplog.at_level("INFO"):

@@ -14,6 +14,7 @@ import pusht_act
 from pusht_act.demos import collect
 from pusht_act.demos.expert import Demonstration, demonstrate
 from pusht_act.demos.initial_states import HEADER, describe_start, read_initial_states
+from pusht_act.demos.planner import PlannerOptions
 from pusht_act.envs.pusht import Start, make_env, reset_to
 from pusht_act.job import Result
 
@@ -119,7 +120,7 @@ def test_a_list_none_of_which_is_solved_asks_for_another(planned: list[Start], t
 
 
 def test_what_was_planned_is_found_again_by_its_start(planned: list[Start], tmp_path: Path) -> None:
-    options = collect.PlannerOptions()
+    options = PlannerOptions()
     (tmp_path / "planned").mkdir()
     collect.collect(tmp_path / "planned", options, STARTS, 1, 1)
     assert planned == STARTS[:2]

@@ -6,11 +6,11 @@ import pytest
 
 from pusht_act.demos import builtin as embedded
 from pusht_act.demos.replay import replay
-from pusht_act.envs.pusht import make_env, reset_to
+from pusht_act.envs.pusht import Start, make_env, reset_to
 from pusht_act.envs.rendering import render_frame
 
 
-def rolled_out(start: int, actions: np.ndarray, obs_type: str) -> tuple[list, list]:
+def rolled_out(start: Start, actions: np.ndarray, obs_type: str) -> tuple[list, list]:
     env = gymnasium.make("gym_pusht/PushT-v0", obs_type=obs_type, disable_env_checker=True).unwrapped
     reset_to(env, start)
     observations, results = [env.get_obs()], []

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -34,7 +35,8 @@ ENV = make_env()
 def corners(state: np.ndarray) -> np.ndarray:
     c, s = np.cos(state[ANGLE]), np.sin(state[ANGLE])
     local = np.array([(x, y) for x0, y0, x1, y1 in RECTANGLES for x in (x0, x1) for y in (y0, y1)])
-    return local @ np.array(((c, s), (-s, c))) + state[[CENTRE_X, CENTRE_Y]]
+    world: np.ndarray = local @ np.array(((c, s), (-s, c))) + state[[CENTRE_X, CENTRE_Y]]
+    return world
 
 
 def touches_wall(state: np.ndarray) -> bool:
@@ -179,5 +181,5 @@ def test_without_a_cache_folder_functions_still_compile(monkeypatch: pytest.Monk
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(simulator.numba, "njit", njit)
+    monkeypatch.setattr(numba, "njit", njit)
     assert simulator.compiled(abs)(-1) == 1

@@ -71,9 +71,9 @@ def test_the_number_of_workers_changes_no_bit(
 
     for seeds in ([50, 51, 52, 53, 54], [60, 61]):
         names = [f"{len(seeds)}-{workers}" for workers in ("here", "two", "three")]
+        vector_envs: list[VectorEnv] = [SyncVectorEnv(), two, three]
         here, *others = (
-            rolled_out(envs, kind, seeds, recordings(name))
-            for envs, name in zip((SyncVectorEnv(), two, three), names, strict=True)
+            rolled_out(envs, kind, seeds, recordings(name)) for envs, name in zip(vector_envs, names, strict=True)
         )
         for other in others:
             assert_same_bits(here, other)
@@ -96,7 +96,7 @@ def test_a_recording_that_cannot_be_written_is_an_error_and_the_workers_go_on(
 
 
 def test_an_action_for_each_look_works_in_workers_too(two: SubprocVectorEnv) -> None:
-    ensembling = {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}
+    ensembling: dict[str, Any] = {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}
     here = rolled_out(SyncVectorEnv(), KINDS[1], [7, 8, 9], **ensembling)
     assert len(here.actions) == 15
     assert_same_bits(here, rolled_out(two, KINDS[1], [7, 8, 9], **ensembling))

@@ -60,6 +60,7 @@ def test_success_ends_an_episode() -> None:
     env = PushtEnv(obs_type="environment_state_agent_pos", episode_length=300)
     policy, processors = policy_for(env, chunk_size=300, n_action_steps=300)
     demonstration = embedded.load(1)[0]
+    assert isinstance(demonstration.start, int)
     length = len(demonstration.action)
     solved_at = int(np.argmax(replay(demonstration.start, demonstration.action).success)) + 1  # it goes on to 0.97
     actions = torch.full((2, 300, 2), 256.0)

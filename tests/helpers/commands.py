@@ -27,17 +27,17 @@ class Commands:
         )
 
     def start(self, arguments: list[str], output: Path, environment: dict[str, str] | None = None) -> int:
-        """The process's id; `environment` is added to this one's."""
+        """Start a command and return its process id; `environment` is added to this process's."""
         output.write_bytes(b"")  # it may be looked at before the process has got so far
         asked = {"start": arguments, "output": str(output), "cwd": str(Path.cwd()), "environment": environment or {}}
         return int(self._asked(asked))
 
     def wait(self, pid: int) -> int:
-        """Its exit code once it has ended; that of a process ended by signal n is -n."""
+        """Wait for the process and return its exit code, which is -n after signal n."""
         return int(self._asked({"wait": pid}))
 
     def run(self, arguments: list[str], output: Path) -> int:
-        """The exit code of a command that is left alone."""
+        """Run a command to its end and return its exit code."""
         return self.wait(self.start(arguments, output))
 
     def _asked(self, question: dict[str, Any]) -> Any:
@@ -58,7 +58,7 @@ def appears(path: Path, text: str, seconds: float = 300) -> None:
     """Wait until `text` is in the file at `path`.
 
     Raises:
-        TimeoutError: it did not come to be.
+        TimeoutError: it was not there after `seconds`.
     """
     deadline = time.monotonic() + seconds
     while not path.exists() or text not in path.read_text(errors="replace"):
@@ -68,7 +68,7 @@ def appears(path: Path, text: str, seconds: float = 300) -> None:
 
 
 def serve() -> None:
-    """Answer `Commands` until it closes its end."""
+    """Serve a `Commands` until it closes its end of the pipe."""
     import optuna  # noqa: F401
 
     import pusht_act.training.trainer
@@ -98,7 +98,7 @@ def serve() -> None:
 
 
 def run(arguments: list[str], output: str, cwd: str) -> None:
-    """In the forked process: become the command."""
+    """Become the command, in the forked process."""
     import pusht_act.main
 
     written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

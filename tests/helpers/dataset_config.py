@@ -1,4 +1,4 @@
-"""Small data sets."""
+"""LeRobot's configuration of the small data sets that conftest.py writes."""
 
 from pathlib import Path
 
@@ -6,4 +6,5 @@ from lerobot.configs.default import DatasetConfig
 
 
 def config(root: Path, repo_id: str = "local/tiny") -> DatasetConfig:
+    """Return the configuration that reads the data set at `root`."""
     return DatasetConfig(repo_id=repo_id, root=str(root), video_backend="pyav")

@@ -1,4 +1,4 @@
-"""Evaluations that come late or are killed."""
+"""Background evaluations that come late or are killed, and all that a run leaves behind."""
 
 import json
 import threading
@@ -8,24 +8,23 @@ from typing import Any
 
 import pytest
 
-from pusht_act.evaluation.evaluate import Evaluation
+from pusht_act.evaluation.evaluate import Evaluation, evaluate
 from pusht_act.training import async_evaluation as evaluations
 from pusht_act.training import train_step as step_module
 from tests.helpers.training import metrics
 
 REWARDS = {2: 0.3, 4: 0.5, 6: 0.4, 8: 0.1}
-"""Of the evaluations of these steps: the best comes to be so and is to stay so."""
-
+"""The mean max reward of the evaluation at each step: the second is the best, and must stay it."""
 
 OPTIONS = ["steps=8", "eval_freq=2", "save_freq=3", "env.episode_length=40", "policy.optimizer_lr=1e-2"]
 
 
 class Killed(BaseException):
-    """As a signal, no error of the program's."""
+    """Stands for a signal: no error of the program's, so that no `except Exception` takes it."""
 
 
 class Late:
-    """The result of a background evaluation comes after `lag` steps, to the step; training is killed before `kills`."""
+    """Deliver a background evaluation exactly `lag` steps late, and kill training before the steps in `kills`."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.lag, self.kills = 0, set[int]()
@@ -33,7 +32,7 @@ class Late:
         self.steps_meanwhile: list[int] = []
         self._step, self._asked = 0, 0
         self._open, self._done = threading.Event(), threading.Event()
-        self._evaluate, self._train_step = evaluations.evaluate, step_module.train_step
+        self._evaluate, self._train_step = evaluate, step_module.train_step
         patch.setattr(evaluations, "evaluate", self.evaluate)
         patch.setattr(step_module, "train_step", self.train_step)
         patch.setattr(evaluations.Evaluations, "_start", self.starting(evaluations.Evaluations._start))
@@ -79,7 +78,7 @@ class Late:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run leaves behind but times and the order of lines."""
+    """Return all that a run leaves behind, except times and the order of lines."""
     folder = run / "checkpoints"
     state = json.loads((folder / "last/training_state/pusht_act.json").read_text())
     return {

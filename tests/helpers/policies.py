@@ -1,4 +1,4 @@
-"""A small policy for an environment."""
+"""A small, untrained policy for an environment."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from pusht_act.policy.act import make_policy, make_processors
 
 
 def policy_for(env: PushtEnv, **options: Any) -> tuple[Any, Any]:
-    """An untrained ACT that moves about in the arena."""
+    """Return an ACT with random weights, which moves about in the arena, and its processors."""
     image = env.obs_type == "pixels_agent_pos"
     seen = (
         {"observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96))}

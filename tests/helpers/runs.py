@@ -19,10 +19,10 @@ TINY = [
     "env.episode_length=12",
     "wandb.enable=false",
 ]
-"""A run of seconds on one core, every part of it real."""
+"""Overrides of a run that takes seconds on one core, with every part real."""
 
 
 def tiny_command(*overrides: str) -> list[str]:
-    """TINY and `overrides`; with another data set there is no number of embedded demonstrations to give."""
+    """Return TINY and `overrides`, without the number of built-in demonstrations where the data set is another."""
     other = any(o.startswith("dataset=") and o != "dataset=demos" for o in overrides)
     return [*(o for o in TINY if not (other and o.startswith("demos."))), *overrides]

@@ -1,4 +1,6 @@
-"""A real SLURM on this machine alone, as long as a test or a benchmark needs it: no munge, no data base, root only.
+"""A real SLURM of this machine alone, for as long as a test or a benchmark needs it.
+
+It needs root, and does without munge and a data base.
 
     with Slurm(folder) as slurm:
         slurm.run("sbatch", ...)            any of SLURM's commands, on this cluster
@@ -64,14 +66,14 @@ exec squeue -h -t all -j "${ids#,}" --format='%i|%T|%N'
 
 
 def missing() -> str | None:
-    """Why no SLURM can be started here."""
+    """Return why no SLURM can be started here, or None."""
     if absent := [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name) is None]:
         return f"SLURM is not installed ({', '.join(absent)}): apt-get install slurm-wlm"
     return None if os.geteuid() == 0 else "SLURM's daemons are started by root alone"
 
 
 class Slurm:
-    """A cluster of this machine, up within the context."""
+    """A cluster of this machine, up for as long as the context."""
 
     def __init__(self, folder: Path, cpus: int = 4) -> None:
         self.folder = folder
@@ -109,7 +111,7 @@ class Slurm:
             self._wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), f"{daemon} stays")  # type: ignore[misc]
 
     def run(self, *command: str, check: bool = True) -> str:
-        """What one of SLURM's commands prints."""
+        """Run one of SLURM's commands and return what it prints."""
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr}{self._log()}")
@@ -128,7 +130,7 @@ class Slurm:
 
 
 def _free_port() -> int:
-    """Free, and so is the one after it."""
+    """Return a free port whose successor is free, too."""
     while True:
         with socket.socket() as first, socket.socket() as second:
             first.bind(("127.0.0.1", 0))

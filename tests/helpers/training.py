@@ -1,4 +1,4 @@
-"""Comparing runs bit by bit, and small policies."""
+"""Runs compared bit by bit, and the configuration of a small policy."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from pusht_act.data.dataset import policy_features
 
 
 def state_files(run: Path, processes: int = 1) -> dict[str, Any]:
-    """Everything numeric in a run's last checkpoint."""
+    """Return the tensors of a run's last checkpoint by file name."""
     last = run / "checkpoints" / "last"
     tensors = {path.name: load_file(path) for path in last.rglob("*.safetensors")}
     assert len(tensors) == 4 + processes, "model, two processors, optimizer, random streams"
@@ -21,6 +21,7 @@ def state_files(run: Path, processes: int = 1) -> dict[str, Any]:
 
 
 def act(frames: FrameDataset, **options: Any) -> ACTConfig:
+    """Return the configuration of a small ACT for `frames`."""
     inputs, outputs = policy_features(frames)
     return ACTConfig(
         device="cpu",
@@ -39,6 +40,7 @@ def act(frames: FrameDataset, **options: Any) -> ACTConfig:
 
 
 def assert_same_bits(a: Path, b: Path, processes: int = 1) -> None:
+    """Assert that the last checkpoints of two runs hold the same numbers to the bit."""
     first, second = state_files(a, processes), state_files(b, processes)
     assert first.keys() == second.keys()
     for name, tensors in first.items():
@@ -48,6 +50,7 @@ def assert_same_bits(a: Path, b: Path, processes: int = 1) -> None:
 
 
 def metrics(run: Path, prefix: str = "train/") -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl that have a key with `prefix`, without times."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timings = ("_s", "samples_per_s")
     return [

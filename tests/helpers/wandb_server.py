@@ -1,4 +1,4 @@
-"""A W&B server of the test's own."""
+"""A W&B server in this process, which works, hangs or fails as a test asks."""
 
 import http.server
 import json
@@ -12,7 +12,7 @@ from pusht_act.runs import loggers as metrics_module
 from tests.helpers.wandb_runs import forget_settings
 
 HOLD_S, NOT_HELD_S = 600.0, 200.0
-"""For how long a hanging server holds a request, and what is surely less, on a machine with ten times its load too."""
+"""Seconds for which a hanging server holds a request, and what is surely less, on a loaded machine, too."""
 
 BUCKET = {
     "id": "b", "name": "RUN", "displayName": "d", "description": "", "config": "{}", "sweepName": None,
@@ -55,7 +55,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 @pytest.fixture
 def server(nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """Logged in there."""
+    """Start one and log in to it."""
     server = Server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)

@@ -16,8 +16,9 @@ import pusht_act
 from pusht_act.runs.loggers import JsonlLogger, Metrics
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.training.metrics import MetricAccumulator
+from tests.helpers.config import config
 from tests.helpers.runs import TINY
-from tests.helpers.wandb_runs import config, forget_settings, history, lines, records
+from tests.helpers.wandb_runs import forget_settings, history, lines, records
 
 LOSSES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
 
@@ -32,7 +33,8 @@ def test_means_do_not_depend_on_where_a_checkpoint_was_taken(losses: list[float]
         skipped = data.draw(st.booleans())
         finite += [] if skipped else [loss]
         for window in (whole, broken):
-            values = {"loss": torch.tensor(torch.nan if skipped else loss), "dataloading_s": loss / 7}
+            values: dict[str, torch.Tensor | float] = {"dataloading_s": loss / 7}
+            values["loss"] = torch.tensor(torch.nan if skipped else loss)
             window.add(values, torch.tensor(float(skipped)))
     assert broken.means() == whole.means()  # to the bit: a resumed run repeats its log
     assert whole.means().get("skipped", 0) == len(losses) - len(finite)

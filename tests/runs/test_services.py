@@ -13,11 +13,10 @@ from pusht_act.runs import loggers as metrics_module
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
 from tests.helpers.commands import Commands
+from tests.helpers.config import config
 from tests.helpers.runs import tiny_command
-from tests.helpers.wandb_runs import config, forget_settings, history, lines, nobody
+from tests.helpers.wandb_runs import forget_settings, history, lines
 from tests.helpers.wandb_server import NOT_HELD_S, Server
-
-__all__ = ["nobody"]
 
 STEPS = 200
 

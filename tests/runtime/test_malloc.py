@@ -7,7 +7,7 @@ import sys
 CODE = """
 import resource, sys
 import numpy as np
-from pusht_act.allocator import keep_freed_memory
+from pusht_act.runtime.malloc import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def step():

@@ -39,7 +39,7 @@ def test_results_come_in_order_and_work_is_begun_a_little_ahead(workers: int) ->
 
 
 def test_a_killed_process_is_an_error_that_says_what_to_do() -> None:
-    found = []
+    found: list[int] = []
     with pytest.raises(OSError, match="a worker process was killed, perhaps for want of memory: try again"):
         found.extend(imap(killed, range(9), 2, "try again"))
     assert not multiprocessing.active_children()

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 import pusht_act
 from pusht_act import main
@@ -203,11 +204,11 @@ def test_a_launchers_process_hands_the_signal_to_its_launcher(monkeypatch: pytes
     heard: list[int] = []
     former = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
     try:
-        monkeypatch.setattr(main, "execute", lambda *_: signal.raise_signal(signal.SIGUSR2))
-        cfg = main.run.__globals__["OmegaConf"].create({"output_dir": "x"})
+        monkeypatch.setattr(main, "run_job", lambda *_: signal.raise_signal(signal.SIGUSR2))
+        cfg = main.run.__globals__["OmegaConf"].create({"output_dir": "x", "mode": "test"})
         node = cfg.copy()
         node.update({"overrides": {"task": []}, "mode": "RUN", "runtime": {"choices": {}}})
-        monkeypatch.setattr(main.HydraConfig, "get", lambda: node)
+        monkeypatch.setattr(HydraConfig, "get", lambda: node)
         with pytest.raises(OSError, match="^stopped by SIGUSR2$"):
             main._task.__wrapped__(cfg)
         assert heard == [signal.SIGUSR2]
@@ -243,7 +244,7 @@ def _steps(number: int) -> None:
             if step == 2:
                 signal.raise_signal(number)
             if step == 3:
-                stop.check(step)
+                stop.raise_if_stopped(step)
 
 
 def _broken_off(number: int) -> None:
@@ -251,7 +252,7 @@ def _broken_off(number: int) -> None:
         with suppress(StopSignal), interruptible():
             signal.raise_signal(number)
             pytest.fail("it went on")
-        stop.check(7)
+        stop.raise_if_stopped(7)
 
 
 def _not_begun(number: int) -> None:

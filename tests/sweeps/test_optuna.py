@@ -18,10 +18,10 @@ from optuna.trial import TrialState, create_trial
 
 from pusht_act.config.schema import Direction, OptunaConfig, Pruner, PrunerConfig
 from pusht_act.main import CONFIG_DIR
-from pusht_act.sweeps import optuna_sweeper, pruning, sweep
+from pusht_act.sweeps import optuna_sweeper, pruning
 from pusht_act.sweeps.optuna_sweeper import search_space
 from pusht_act.sweeps.pruning import Reporter, reporter
-from pusht_act.sweeps.state import Job, load_jobs
+from pusht_act.sweeps.state import Job, load_jobs, read_direction
 from pusht_act.sweeps.table import format_best
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import tiny_command
@@ -203,8 +203,8 @@ def test_an_impossible_search_space_is_named(override: str, said: str) -> None:
 
 def options(**changed: Any) -> OptunaConfig:
     """Those of conf/hydra/sweeper/optuna.yaml, some changed."""
-    values = OmegaConf.load(Path(CONFIG_DIR) / "hydra" / "sweeper" / "optuna.yaml")
-    del values["defaults"]  # type: ignore[attr-defined]
+    values: Any = OmegaConf.load(Path(CONFIG_DIR) / "hydra" / "sweeper" / "optuna.yaml")
+    del values["defaults"]
     found: Any = OmegaConf.to_object(OmegaConf.merge(OptunaConfig, values, changed))
     return found  # type: ignore[no-any-return]
 
@@ -296,6 +296,6 @@ def test_the_best_is_by_the_direction(tmp_path: Path) -> None:
         (Direction.minimize, "job 0, pc_success 20.0 %"),
     ):
         (tmp_path / "sweep.json").write_text(json.dumps({"direction": direction.value}))
-        assert format_best(sweep._direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
+        assert format_best(read_direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
     (tmp_path / "sweep.json").write_text("{}")
-    assert format_best(sweep._direction(tmp_path), found) == [], "of a grid none is sought"
+    assert format_best(read_direction(tmp_path), found) == [], "of a grid none is sought"

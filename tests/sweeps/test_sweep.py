@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from pusht_act.main import CONFIG_DIR
 from pusht_act.runtime.lock import LockOwner
-from pusht_act.sweeps import sweep
+from pusht_act.sweeps import callback
 from pusht_act.sweeps.state import Job, load_jobs
 from pusht_act.sweeps.sweep import expand_resume_args
 from pusht_act.sweeps.table import format_jobs
@@ -203,7 +203,7 @@ def test_every_preset_is_a_sweep(preset: str) -> None:
         overrides = OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()])
         assert all(override.is_sweep_override() for override in overrides)
         assert preset.startswith("optuna") == ("Optuna" in cfg.hydra.sweeper._target_)
-        load_jobs = sweep._grid(cfg, [f"sweep={preset}"])
-        assert len(load_jobs) > 4
-        for each in load_jobs[-1:]:
+        jobs = callback._grid(cfg, [f"sweep={preset}"])
+        assert len(jobs) > 4
+        for each in jobs[-1:]:
             hydra.compose("config", each)

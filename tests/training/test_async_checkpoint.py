@@ -18,7 +18,7 @@ from lerobot.common.train_utils import save_training_state
 import pusht_act
 from pusht_act.checkpoints import checkpoint_io as checkpoints
 from pusht_act.checkpoints.checkpoint import latest_valid
-from pusht_act.checkpoints.manifest import find_corruption
+from pusht_act.checkpoints.manifest import find_corruption, write_manifest
 from pusht_act.job import Result
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.signals import StopSignal
@@ -40,7 +40,7 @@ class Slow:
         self.fails: set[int] = set()
         self._of, self._step, self._dead = 0, 0, False
         self._open = threading.Event()
-        self._snapshot, self._write_manifest = checkpoints.snapshot, checkpoints.write_manifest
+        self._snapshot, self._write_manifest = checkpoints.snapshot, write_manifest
         self._train_step, self._collect = step_module.train_step, saving.Saver.collect
         patch.setattr(checkpoints, "snapshot", self.snapshot)
         patch.setattr(checkpoints, "write_manifest", self.write_manifest)
@@ -109,7 +109,7 @@ def test_the_files_are_those_of_a_run_that_waits_and_lerobots(tiny: Tiny, slow: 
         save_training_state(folder, state.step, objects.optimizer, objects.scheduler, 1, 4)
         return ours(objects, state, apart)
 
-    checkpoints.snapshot = with_lerobots  # type: ignore[assignment] # `slow` puts it back
+    checkpoints.snapshot = with_lerobots  # `slow` puts it back
     beside = contents(tiny(*SAVING, SCHEDULED).output_dir)
     assert slow.steps_meanwhile == [1, 1, 2, 1, 0], "the next save and an evaluation wait for it"
     (tmp_path / "run").rename(tmp_path / "first")

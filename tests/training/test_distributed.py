@@ -208,7 +208,7 @@ def test_the_losses_of_the_parts_add_up_to_the_batchs(use_vae: bool, keypoints_d
         for each in batches:
             loss, values = act_loss(policy, each, counts)
             total += values[of].item()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         return total, torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
 
     if use_vae:  # the parts draw other noise than the whole: the KL term, which has none, is all that can be compared
