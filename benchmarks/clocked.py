@@ -105,27 +105,25 @@ def _tick_after_steps(program: str, clock: Clock) -> None:
 
 def _replace_loop(name: str) -> None:
     """Everything up to the loop is our command's own: data, policy, optimizer."""
-    import pusht_act.training.trainer
+    from pusht_act.training.trainer import Trainer
 
-    loop: Any = {"compute": _compute, "eager": _eager}[name]
-    pusht_act.training.trainer.train = loop
+    loops: dict[str, Any] = {"compute": _compute, "eager": _eager}
+    Trainer._fit = loops[name]  # type: ignore[method-assign]
 
 
-def _compute(config: Any, lerobot: Any, setup: Any, *_: Any) -> None:
-    from pusht_act.training.build import make_step
-
-    take_step = make_step(config, lerobot, setup)
-    batch = take_step.batch(next(setup.data.iter_batches(setup.order, config.batch_size)))
-    for _step in range(config.steps):
-        take_step(batch)
+def _compute(trainer: Any) -> None:
+    batch = trainer.next_batch()
+    for _ in range(trainer.config.steps):
+        trainer.train_step(batch)
     sys.exit()
 
 
-def _eager(config: Any, lerobot: Any, setup: Any, *_: Any) -> None:
+def _eager(trainer: Any) -> None:
     """The loop one would write first, in fp32, on the first batches of our order."""
     import torch
     from lerobot.policies.act.modeling_act import ACTPolicy
 
+    lerobot, config = trainer.lerobot, trainer.config
     policy = ACTPolicy(lerobot.policy).to(lerobot.policy.device).train()
     optimizer = torch.optim.AdamW(
         policy.get_optim_params(),
@@ -134,8 +132,8 @@ def _eager(config: Any, lerobot: Any, setup: Any, *_: Any) -> None:
         eps=lerobot.optimizer.eps,
         weight_decay=lerobot.optimizer.weight_decay,
     )
-    pre, data, order = setup.objects.processors.pre, setup.data, setup.order
-    batches = [pre(data.batch(order.next_batch(config.batch_size))) for _ in range(16)]
+    pre, loader, sampler = trainer.components.processors.pre, trainer.loader, trainer.sampler
+    batches = [pre(loader.batch(sampler.next_batch(config.batch_size))) for _ in range(16)]
     for i in range(config.steps):
         loss, _ = policy.forward(batches[i % len(batches)])
         loss.backward()

@@ -105,15 +105,18 @@ class Suite:
         from pusht_act.config.schema import TrainConfig
         from pusht_act.data.loader import BatchLoader
         from pusht_act.data.sampler import EpisodeSampler
+        from pusht_act.policy.act import act_loss
         from pusht_act.training.cuda_graphs import CudaGraphs
-        from pusht_act.training.train_step import TrainStep, build_loss
+        from pusht_act.training.train_step import StepOptions, TrainStep, compile_loss
 
         torch.backends.cudnn.benchmark = False  # as stock's row leaves it on
         samples = BatchLoader(self.frames, self.config.chunk_size, self.args.device)
-        loss = build_loss(TrainConfig(compile=compiled), self.device)
+        loss = compile_loss(act_loss, TrainConfig(compile=compiled), self.device)
         recorder = CudaGraphs(self.device) if captured else None
         order = EpisodeSampler(self.frames, list(range(EPISODES)), 0)
-        take_step = TrainStep(objects, samples, batch_size, 10.0, precision, loss, recorder)
+        take_step = TrainStep(
+            objects, samples, batch_size, StepOptions(10.0, precision, full_batch_loss=loss), recorder
+        )
         return take_step, samples.iter_batches(order, batch_size)
 
     def late(self) -> bool:

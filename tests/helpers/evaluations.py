@@ -35,7 +35,7 @@ class Late:
         self._evaluate, self._train_step = evaluate, step_module.train_step
         patch.setattr(evaluations, "evaluate", self.evaluate)
         patch.setattr(step_module, "train_step", self.train_step)
-        patch.setattr(evaluations.Evaluations, "_start", self.starting(evaluations.Evaluations._start))
+        patch.setattr(evaluations.AsyncEvaluator, "_start", self.starting(evaluations.AsyncEvaluator._start))
 
     def starting(self, start: Any) -> Any:
         def started(evaluations: Any, step: int, policy: Any) -> None:

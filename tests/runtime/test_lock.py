@@ -109,7 +109,7 @@ def test_the_holder_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_zombie_holds_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = module._started(process.pid)
+    started = module._start_time(process.pid)
     assert started is not None
     leave(tmp_path, replace(LockOwner(), pid=process.pid, started=started))
     assert f"process {process.pid} on" in refused(tmp_path)

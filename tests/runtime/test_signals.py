@@ -227,7 +227,7 @@ def test_in_a_slurm_job_sigterm_saves_and_training_goes_on(
                 signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    sends, logger = Sends(), logging.getLogger("pusht_act.training.trainer")
+    sends, logger = Sends(), logging.getLogger("pusht_act.training.progress")
     logger.addHandler(sends)
     try:
         result = tiny("steps=6", "save_freq=0")

@@ -98,7 +98,7 @@ def test_a_run_that_branches_off_evaluates_what_was_cut_short_if_it_is_there(
         pusht_act.run(["mode=resume", f"resume.path={path}", f"output_dir={new}", "steps=4"])
     assert [line["step"] for line in metrics(tmp_path / "new", "eval/")] == [2, 4]
     assert [line["step"] for line in metrics(tmp_path / "left-out", "eval/")] == [4]
-    assert "the evaluation of step 2 was cut short and is left out" in caplog.text
+    assert "the evaluation of step 2 was interrupted and is left out" in caplog.text
 
 
 def test_a_checkpoint_under_evaluation_is_not_removed_for_its_age(tiny: Tiny, late: Late, waited: Path) -> None:

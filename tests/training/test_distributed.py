@@ -73,7 +73,7 @@ def whole(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     codes, printed = Job(commands, folder, *tiny_command(*OPTIONS, f"output_dir={folder / 'run'}")).ended()
     assert codes == [0, 0], printed
-    assert "in 2 processes with 3 samples of a batch each" in printed[0]
+    assert "on 2 ranks with 3 samples of a batch each" in printed[0]
     assert printed[1] == ""
     return folder / "run"
 
@@ -86,7 +86,7 @@ def test_torchruns_processes_come_to_what_one_does(tiny: Tiny, tmp_path: Path) -
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pusht_act.main"]
     done = subprocess.run([sys.executable, *launch, *job], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("processes: 2, the checkpoint's were 1") == 1
+    assert done.stderr.count("ranks: 2, the checkpoint's were 1") == 1
     expected = [line for line in metrics(one) if line["step"] > 4]
     assert len(expected) == 6
     for a, b in zip(metrics(two), expected, strict=True):
@@ -117,7 +117,7 @@ def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_s
         # All is said before it leaves; torchrun's signal may find it between its last line and its exit.
         assert codes[1 - killed] in {1, -signal.SIGTERM}, printed
         last = printed[1 - killed].splitlines()[-1]
-        assert f"process {1 - killed} of 2 has lost another one" in last
+        assert f"rank {1 - killed} of 2 has lost another one" in last
         assert "resume.auto=true" in last
         assert saved <= int((run / "checkpoints/last").resolve().name) < 200
         if killed == 1:
@@ -142,7 +142,7 @@ def test_one_process_goes_on_with_the_data_and_says_what_is_not_exact(
 ) -> None:
     branch = tmp_path / "branch"
     pusht_act.run(["mode=resume", f"resume.path={whole}/checkpoints/000040", "steps=200", f"output_dir={branch}"])
-    assert "processes: 1, the checkpoint's were 2: the data order goes on where it was, dropout and VAE" in caplog.text
+    assert "ranks: 1, the checkpoint's were 2: the data order continues where it was, dropout and VAE" in caplog.text
     states = [
         json.loads((run / "checkpoints/last/training_state/pusht_act.json").read_text()) for run in (whole, branch)
     ]
@@ -175,7 +175,7 @@ def test_all_go_back_when_a_loss_in_one_is_not_finite(
         (["train.profile=true", "steps=30"], {}, "pusht-act: train.profile=true is for one process"),
         (["-m", "seed=1,2"], {}, "pusht-act: -m begins jobs from one process.* hydra.launcher.tasks_per_node=2"),
         # In one process alone.
-        ([], {"PUSHT_ACT_CACHE": "/dev/null/none"}, "pusht-act: process 1 of 2: .*/dev/null/none"),
+        ([], {"PUSHT_ACT_CACHE": "/dev/null/none"}, "pusht-act: rank 1 of 2: .*/dev/null/none"),
     ],
     ids=["batch", "mode", "profile", "sweep", "one"],
 )

@@ -21,7 +21,7 @@ from pusht_act.job import Result
 from pusht_act.policy.act import make_policy, make_processors
 from pusht_act.policy.optim import make_optimizer
 from pusht_act.training.nan_guard import DivergedError
-from pusht_act.training.train_step import train_step
+from pusht_act.training.train_step import StepOptions, train_step
 from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.runs import tiny_command
 from tests.helpers.training import act, assert_same_bits, metrics
@@ -65,14 +65,14 @@ def tensors(objects: TrainComponents) -> list[torch.Tensor]:
 def test_a_step_that_breaks_changes_no_bit(breaks: Callable[..., None], clip: float, training: Any) -> None:
     objects, batch = training
     for _ in range(2):
-        assert train_step(objects, batch(), clip)["skipped"] == 0.0
+        assert train_step(objects, batch(), StepOptions(clip))["skipped"] == 0.0
     before, broken = tensors(objects), batch()
     breaks(broken)
-    values = train_step(objects, broken, clip)
+    values = train_step(objects, broken, StepOptions(clip))
     assert values["skipped"] == 1.0
     assert not (values["loss"].isfinite() and values["grad_norm"].isfinite())
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(objects), strict=True))
-    assert train_step(objects, batch(), clip)["skipped"] == 0.0
+    assert train_step(objects, batch(), StepOptions(clip))["skipped"] == 0.0
     assert not all(torch.equal(a, b) for a, b in zip(before, tensors(objects), strict=True))
 
 
@@ -80,7 +80,7 @@ def test_a_first_step_that_breaks_changes_no_weight(training: Any) -> None:
     objects, batch = training
     before, broken = [p.clone() for p in objects.policy.parameters()], batch()
     nan_action(broken)
-    train_step(objects, broken, 10.0)
+    train_step(objects, broken, StepOptions(10.0))
     assert all(torch.equal(a, b) for a, b in zip(before, objects.policy.parameters(), strict=True))
     assert all(not value.any() for state in objects.optimizer.state.values() for value in state.values())
 
@@ -88,7 +88,7 @@ def test_a_first_step_that_breaks_changes_no_weight(training: Any) -> None:
 def test_the_check_of_a_sound_step_changes_no_bit(training: Any) -> None:
     """The update with `found_inf` = 0 is that without it."""
     objects, batch = training
-    train_step(objects, batch(), 10.0)
+    train_step(objects, batch(), StepOptions(10.0))
     gradients = [torch.randn_like(p) for p in objects.policy.parameters()]
     states = []
     start = {key: value.clone() for key, value in objects.policy.state_dict().items()}
@@ -108,7 +108,7 @@ def test_an_infinite_gradient_of_a_finite_loss_counts_too(training: Any) -> None
     objects, batch = training
     before = tensors(objects)
     objects.policy.config.kl_weight = 1e30  # whose square is past what float32 holds
-    values = train_step(objects, batch(), 10.0)
+    values = train_step(objects, batch(), StepOptions(10.0))
     assert values["loss"].isfinite()
     assert values["grad_norm"].isinf()
     assert values["skipped"] == 1.0
@@ -183,7 +183,7 @@ def test_a_run_that_always_diverges_stops_and_its_last_checkpoint_is_sound(
         "pusht-act: step 14: the loss or its gradient was not finite 11 times, more than train.max"
     )
     assert "after train.max_rollbacks=2 roll-backs: lower policy.optimizer_lr, or see" in said[-1]
-    assert f"; {run}/checkpoints/000002 is sound, mode=resume goes on from it" in said[-1]
+    assert f"; {run}/checkpoints/000002 is valid, mode=resume resumes from it" in said[-1]
     assert "Traceback" not in done.stderr
     assert files == {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     numbers = [line["rollback/number"] for line in metrics(run, "rollback/")]

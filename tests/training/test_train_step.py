@@ -29,8 +29,8 @@ from pusht_act.policy import act as policy_module
 from pusht_act.policy.act import act_loss, make_policy, make_processors
 from pusht_act.policy.optim import make_optimizer
 from pusht_act.training import train_step as step_module
-from pusht_act.training.cuda_graphs import WARM_UP, CudaGraphCallable, Recorder
-from pusht_act.training.train_step import Loss, TrainStep, build_loss
+from pusht_act.training.cuda_graphs import WARM_UP, CudaGraphCallable, GraphBackend
+from pusht_act.training.train_step import Loss, StepOptions, TrainStep, compile_loss
 from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.graph_backend import Operations
 from tests.helpers.runs import tiny_command
@@ -53,13 +53,13 @@ def trained(
     frames: FrameDataset,
     objects: TrainComponents,
     steps: int,
-    recorder: Recorder | None = None,
+    recorder: GraphBackend | None = None,
     precision: str | None = None,
     loss: Loss = act_loss,
 ) -> list[dict[str, float]]:
     """What each of `steps` steps returned."""
     samples, order = BatchLoader(frames, objects.policy.config.chunk_size, "cpu"), EpisodeSampler(frames, [0, 1, 2], 5)
-    take_step = TrainStep(objects, samples, BATCH, 10.0, precision, loss, recorder)
+    take_step = TrainStep(objects, samples, BATCH, StepOptions(10.0, precision, full_batch_loss=loss), recorder)
     torch.manual_seed(1)
     inputs = samples.iter_batches(order, BATCH)
     return [{k: v.item() for k, v in take_step(take_step.batch(next(inputs))).items()} for _ in range(steps)]
@@ -208,7 +208,7 @@ def test_one_size_is_compiled_once_and_no_name_changes(
     plain, compiled = objects_of(keypoints), objects_of(keypoints)
     expected = trained(keypoints, plain, 9)
     counter.clear()
-    loss = build_loss(TrainConfig(compile=True), torch.device("cpu"))
+    loss = compile_loss(act_loss, TrainConfig(compile=True), torch.device("cpu"))
     assert trained(keypoints, compiled, 9, loss=loss) == expected
     assert counter.frame_count == 2, "the trial and the loss"
     assert plain.policy.state_dict().keys() == compiled.policy.state_dict().keys()
@@ -240,11 +240,11 @@ def test_a_machine_without_a_compiler(
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "none"),))
     with pytest.raises(ValueError, match="train.compile=true: nothing can be compiled on this machine .*=false"):
-        build_loss(TrainConfig(compile=True), torch.device("cpu"))
-    assert build_loss(TrainConfig(compile=None), torch.device("cpu")) is act_loss
+        compile_loss(act_loss, TrainConfig(compile=True), torch.device("cpu"))
+    assert compile_loss(act_loss, TrainConfig(compile=None), torch.device("cpu")) is act_loss
     assert "compiled" not in caplog.text
     if not torch.cuda.is_available():
-        assert build_loss(TrainConfig(compile=None), torch.device("cuda")) is act_loss
+        assert compile_loss(act_loss, TrainConfig(compile=None), torch.device("cuda")) is act_loss
         assert "nothing can be compiled on this machine" in caplog.text
 
 

@@ -24,7 +24,7 @@ from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.job import Result
 from pusht_act.policy.act import act_loss, make_policy, make_processors
 from pusht_act.policy.optim import make_optimizer
-from pusht_act.training.train_step import train_step
+from pusht_act.training.train_step import StepOptions, train_step
 from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.training import NORMALIZED, act, assert_same_bits, metrics
 
@@ -65,7 +65,7 @@ def test_first_twenty_losses_and_gradient_norms_are_lerobots(kind: str, request:
         return [step(policy, optimizer, pre(data.batch(order.next_batch(8)))) for _ in range(20)]
 
     def ours(policy: ACTPolicy, optimizer: Any, batch: Any) -> tuple[float, float]:
-        values = train_step(TrainComponents(policy, None, optimizer, None), batch, 10.0)  # type: ignore[arg-type]
+        values = train_step(TrainComponents(policy, None, optimizer, None), batch, StepOptions(10.0))  # type: ignore[arg-type]
         return values["loss"].item(), values["grad_norm"].item()
 
     accelerator = Accelerator(cpu=True)

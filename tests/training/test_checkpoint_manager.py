@@ -22,8 +22,8 @@ from pusht_act.checkpoints.manifest import find_corruption, write_manifest
 from pusht_act.job import Result
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.signals import StopSignal
-from pusht_act.training import async_checkpoint as saving
 from pusht_act.training import train_step as step_module
+from pusht_act.training.checkpoint_manager import CheckpointManager
 from tests.helpers.evaluations import OPTIONS, Killed, Late, outcome
 from tests.helpers.runs import TINY
 from tests.helpers.training import assert_same_bits, metrics
@@ -41,11 +41,11 @@ class Slow:
         self._of, self._step, self._dead = 0, 0, False
         self._open = threading.Event()
         self._snapshot, self._write_manifest = checkpoints.snapshot, write_manifest
-        self._train_step, self._collect = step_module.train_step, saving.Saver.collect
+        self._train_step = step_module.train_step
         patch.setattr(checkpoints, "snapshot", self.snapshot)
         patch.setattr(checkpoints, "write_manifest", self.write_manifest)
         patch.setattr(step_module, "train_step", self.train_step)
-        patch.setattr(saving.Saver, "collect", lambda saver, wait=False: self.collect(saver, wait))
+        patch.setattr(CheckpointManager, "wait", self.waiting(CheckpointManager.wait))
 
     def snapshot(self, objects: Any, state: Any, apart: bool) -> Any:
         self._of = self._step = state.step
@@ -75,10 +75,12 @@ class Slow:
             self._open.set()
         return values
 
-    def collect(self, saver: Any, wait: bool) -> None:
-        if wait:
+    def waiting(self, wait: Any) -> Any:
+        def waits(manager: Any) -> None:
             self._open.set()
-        self._collect(saver, wait)
+            wait(manager)
+
+        return waits
 
 
 @pytest.fixture
@@ -203,7 +205,7 @@ def test_what_was_not_saved_cannot_be_the_best(
         assert metrics(run, "eval/") == metrics(waited, "eval/")
     (warning, *_) = [record.getMessage() for record in caplog.records if "cannot be saved" in record.getMessage()]
     assert warning.startswith(f"step {int(best)}: ")
-    assert warning.endswith("; training goes on and the next save tries again")
+    assert warning.endswith("; training continues and the next save tries again")
 
 
 @pytest.mark.parametrize("error", [ValueError("something else"), KeyboardInterrupt()], ids=repr)
