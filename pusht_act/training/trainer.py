@@ -121,7 +121,7 @@ class Trainer:
                 self.log_validation_loss()
 
             # Both work beside training, on rank 0. Saves are polled first: what was not saved cannot become `best`.
-            self.checkpoints.poll()
+            self.poll_saves()
             self.evaluate()
 
             # Every rank hears of every rank's signals, and of what rank 0 wants.
@@ -172,6 +172,11 @@ class Trainer:
             )
             self._log("eval", {"loss": loss})
             log.info("step %d: validation loss %.4f", self.step, loss)
+
+    def poll_saves(self) -> None:
+        """Do what follows a save that is over."""
+        with self.profiler.phase("saving"):
+            self.checkpoints.poll()
 
     def evaluate(self) -> None:
         """Take the result of an evaluation that is over, and begin the one that is due."""

@@ -208,6 +208,6 @@ def test_without_a_checkpoint_to_go_back_to_the_run_stops(options: list[str], ti
 def test_a_branch_goes_back_to_where_it_began(tiny: Any, tmp_path: Path) -> None:
     start = tiny("steps=2").output_dir / "checkpoints/000002"
     command = ["mode=resume", f"resume.path={start}", f"output_dir={tmp_path / 'new'}", "steps=30"]
-    with pytest.raises(DivergedError, match=f"; {start} is sound"):
+    with pytest.raises(DivergedError, match=f"; {start} is valid"):
         pusht_act.run([*command, "policy.optimizer_lr=1e30", "train.max_nonfinite=2"])
     assert [line["step"] for line in metrics(tmp_path / "new", "rollback/")] == [2, 2]
