@@ -53,6 +53,15 @@ LONGEST = 0.8
 """Seconds of training, at most, before a kill at any moment."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """`kills` signals `number`, at moments drawn by `chance`."""
+
+    kills: int
+    chance: random.Random
+    number: int = signal.SIGKILL
+
+
 @dataclass
 class Tally:
     """What has happened so far."""
@@ -69,35 +78,27 @@ def torture(folder: Path, kills: int, seed: int, number: int = signal.SIGKILL) -
     Raises:
         AssertionError: something is not as in the run that was left alone.
     """
-    chance, tally = random.Random(seed), Tally()
+    plan, tally = Plan(kills, random.Random(seed), number), Tally()
     with Commands() as commands:
         output = folder / "output"
         assert commands.run([*COMMAND, f"output_dir={folder / 'whole'}"], output) == 0, output.read_text()
         expected = outcome(folder / "whole")
         while sum(tally.kills.values()) < kills:
             run = folder / f"run-{tally.runs}"
-            one_run(commands, run, expected, chance, tally, kills, number)
+            one_run(commands, run, expected, plan, tally)
             tally.runs += 1
     return tally
 
 
-def one_run(
-    commands: Commands,
-    run: Path,
-    expected: dict[str, Any],
-    chance: random.Random,
-    tally: Tally,
-    kills: int,
-    number: int,
-) -> None:
+def one_run(commands: Commands, run: Path, expected: dict[str, Any], plan: Plan, tally: Tally) -> None:
     """One run, killed until it is done or no kill is left."""
     output = run.with_suffix(".output")
     saved, reached, moment = 0, 0, ""
     while True:
         pid = commands.start([*COMMAND, f"output_dir={run}"], output)
         killed = ""
-        if sum(tally.kills.values()) < kills:
-            killed = kill(pid, run, output, chance, number)
+        if sum(tally.kills.values()) < plan.kills:
+            killed = kill(pid, run, output, plan)
         code = commands.wait(pid)
         printed = output.read_text(errors="replace")
         began = resumed_at(printed)
@@ -108,11 +109,12 @@ def one_run(
         if code == 0:
             break
         assert killed, f"{run}: left with {code}\n{printed}"
-        not_heard = number == signal.SIGKILL or not printed  # or sent before the command listened
-        assert code == (-number if not_heard and code < 0 else 128 + number), f"{run}: left with {code}\n{printed}"
+        not_heard = plan.number == signal.SIGKILL or not printed  # or sent before the command listened
+        expected_code = -plan.number if not_heard and code < 0 else 128 + plan.number
+        assert code == expected_code, f"{run}: left with {code}\n{printed}"
         tally.kills[killed] += 1
         moment, saved, reached = killed, last_step(run), max(reached, progress(run))
-        if number != signal.SIGKILL and "stopped by" in printed and "after step" in printed:
+        if plan.number != signal.SIGKILL and "stopped by" in printed and "after step" in printed:
             assert saved == reached, f"{run}: stopped at {reached}, saved {saved}"
         for path in run.glob("checkpoints/*"):
             assert not path.name.isdigit() or find_corruption(path) is None, f"{path}: {find_corruption(path)}"
@@ -121,10 +123,10 @@ def one_run(
         assert found[key] == value, f"{run}: {key} differ:\n{found[key]}\n{value}"
 
 
-def kill(pid: int, run: Path, output: Path, chance: random.Random, number: int) -> str:
-    """Send `number` at a moment drawn by `chance`; the moment's name, or none if the process ended before."""
-    moment = chance.choice([*MOMENTS])
-    after, nth = chance.uniform(0, LONGEST), chance.randint(1, 3)
+def kill(pid: int, run: Path, output: Path, plan: Plan) -> str:
+    """Send the signal at a moment drawn by chance; return the moment's name, or none if the process ended before."""
+    moment = plan.chance.choice([*MOMENTS])
+    after, nth = plan.chance.uniform(0, LONGEST), plan.chance.randint(1, 3)
     pattern, began = re.compile(MOMENTS[moment] or "never"), 0.0
     if moment == "start":
         time.sleep(after)
@@ -144,7 +146,7 @@ def kill(pid: int, run: Path, output: Path, chance: random.Random, number: int) 
             break
     if ended(pid):
         return ""
-    os.kill(pid, number)
+    os.kill(pid, plan.number)
     return moment
 
 

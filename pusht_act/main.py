@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pusht_act.config.errors import explain
+from pusht_act.config.errors import explain, is_hydras
 from pusht_act.config.overrides import check_overrides
 from pusht_act.config.schema import Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
@@ -143,6 +143,11 @@ def main() -> None:
         _leave(128 + signal.SIGINT)
     except USER_ERRORS as error:
         if WANT_TRACEBACK:
+            raise
+        _exit(error)
+    except ValueError as error:
+        # Hydra objects to some values, such as policy=3, by an error of no class of its own. Any other is a bug.
+        if WANT_TRACEBACK or not is_hydras(error):
             raise
         _exit(error)
 

@@ -63,6 +63,11 @@ TYPE_WANTED = {
 """The remedy, by a part of OmegaConf's objection to a value."""
 
 
+def is_hydras(error: ValueError) -> bool:
+    """Return whether a plain ValueError is Hydra's objection to what the user gave."""
+    return any(re.search(pattern, str(error)) for pattern in HYDRA_SAYS)
+
+
 def explain(error: Exception, config_dir: str) -> str:
     """`error` as one line."""
     text = str(error)
