@@ -25,13 +25,14 @@ from safetensors.torch import load_model
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
 from pusht_act.checkpoints.manifest import find_corruption
-from pusht_act.checkpoints.retention import remove, set_symlink
+from pusht_act.checkpoints.retention import set_symlink
 from pusht_act.config.schema import Config
 from pusht_act.envs.vector_env import VectorEnv, make_vector_envs
 from pusht_act.evaluation.evaluate import Evaluation, evaluate
 from pusht_act.policy.act import Processors
-from pusht_act.runs.loggers import Metrics
+from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.atomic import remove_dir
 from pusht_act.runtime.signals import StopSignal, interruptible, wait_interruptible
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def evaluating(
     objects: TrainComponents,
     state: TrainerState,
     run: RunDir,
-    metrics: Metrics,
+    metrics: LoggerCollection,
     report: Report | None = None,
 ) -> Iterator["Evaluations"]:
     """A run's `Evaluations`, each told to `report`; one that is still under way in the end is broken off."""
@@ -78,7 +79,7 @@ class Evaluations:
     """A copy of those in `objects`."""
     state: TrainerState
     run: RunDir
-    metrics: Metrics
+    metrics: LoggerCollection
     envs: list[VectorEnv]
     thread: Executor
     report: Report | None = None
@@ -163,7 +164,7 @@ class Evaluations:
             asked_for = is_due(step, self.config.save_freq) or is_due(step, self.config.checkpoints.keep_every)
             if not asked_for and (folder := self._folder(step)).is_dir():
                 try:
-                    remove(folder)
+                    remove_dir(folder)
                 except OSError as error:
                     log.warning("%s cannot be removed (%s): it stays", folder, error.strerror)
 

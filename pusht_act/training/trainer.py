@@ -19,7 +19,7 @@ from pusht_act.config.schema import Config
 from pusht_act.data.loader import BatchLoader
 from pusht_act.evaluation.evaluate import Evaluation
 from pusht_act.policy.act import act_loss, autocast
-from pusht_act.runs.loggers import Metrics
+from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import Word, tell
 from pusht_act.runtime.signals import defer_signals
@@ -58,18 +58,18 @@ def train(config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, rec
         StopSignal: by a signal, at the end of a step, which is saved.
     """
     state = setup.state
-    with Metrics(config, run, state.step, state.wandb_run_id, state.pending, state.rollbacks) as metrics:
+    with LoggerCollection(config, run, state.step, state.wandb_run_id, state.pending, state.rollbacks) as metrics:
         while True:
             try:
                 return _train(config, lerobot, setup, run, record, metrics)
             except DivergedError as diverged:
                 setup = roll_back(config, lerobot, setup, run, diverged)
                 state = setup.state
-                metrics.rolled_back(state.step, state.pending, state.rollbacks, diverged.step)
+                metrics.rewind(state.step, state.pending, state.rollbacks, diverged.step)
 
 
 def _train(
-    config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any], metrics: Metrics
+    config: Config, lerobot: LeRobotConfig, setup: Setup, run: RunDir, record: dict[str, Any], metrics: LoggerCollection
 ) -> Training:
     objects, state, order = setup.objects, setup.state, setup.order
     window = MetricAccumulator(state.window)
@@ -133,7 +133,7 @@ def _train(
     return Training(config.steps, means, saver.newest, evaluations.newest)
 
 
-def _validate(config: Config, setup: Setup, metrics: Metrics, step: int) -> None:
+def _validate(config: Config, setup: Setup, metrics: LoggerCollection, step: int) -> None:
     loss = validation_loss(setup.objects, setup.data, setup.held_out, config.batch_size)
     metrics.log("eval", {"loss": loss}, step)
     log.info("step %d: validation loss %.4f", step, loss)
