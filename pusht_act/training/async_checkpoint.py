@@ -80,7 +80,7 @@ class Saver:
         """
         self.collect(wait=True)
         beside = self.config.checkpoints.background and self.state.step < self.config.steps
-        snapshot = checkpoints.snapshot(self.objects, self.state, apart=beside)
+        snapshot = checkpoints.snapshot(self.objects, self.state, to_cpu=beside)
         self._step, self._needed = self.state.step, self.evaluations.needed
         self._coming = self.thread.submit(checkpoints.save, self.run, snapshot, self.train_config, self.record)
         if not beside:

@@ -1,6 +1,7 @@
 """Which checkpoints stay: checkpoints.keep_last and keep_every, best and last always, whole ones at every moment."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ from typing import Any
 import pytest
 
 import pusht_act
-from pusht_act.checkpoints import retention
 from pusht_act.checkpoints.manifest import find_corruption
-from pusht_act.checkpoints.retention import prune, remove, remove_temp_files, resolve_symlink, set_symlink
+from pusht_act.checkpoints.retention import prune, remove_temp_files, resolve_symlink, set_symlink
 from pusht_act.config.schema import CheckpointsConfig
 from pusht_act.job import Result
 from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.atomic import remove_dir
 
 Tiny = Callable[..., Result]
 
@@ -78,9 +79,9 @@ def test_a_removal_that_is_killed_leaves_a_hidden_folder_which_the_next_save_del
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(retention.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            remove(run.checkpoints / "000010")
+            remove_dir(run.checkpoints / "000010")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".000010.old", "000020", "last"]
     for name in (".000030.part", ".000007.old"):
         (run.checkpoints / name).mkdir()
@@ -137,7 +138,7 @@ def test_a_save_that_was_killed_while_pruning_is_gone_on_from(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(retention.shutil, "rmtree", killed)
+        patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             tiny("save_freq=1", "checkpoints.keep_last=1")
     run = RunDir(tmp_path / "run")
