@@ -18,10 +18,10 @@ from optuna.trial import TrialState, create_trial
 
 from pusht_act.config.schema import Direction, OptunaConfig, Pruner, PrunerConfig
 from pusht_act.main import CONFIG_DIR
-from pusht_act.sweeps import optuna_sweeper, pruning, sweep
+from pusht_act.sweeps import optuna_sweeper, pruning
 from pusht_act.sweeps.optuna_sweeper import search_space
 from pusht_act.sweeps.pruning import Reporter, reporter
-from pusht_act.sweeps.state import Job, load_jobs
+from pusht_act.sweeps.state import Job, load_jobs, read_direction
 from pusht_act.sweeps.table import format_best
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import tiny_command
@@ -189,7 +189,7 @@ def test_the_later_of_two_overrides_counts() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("x=range(5,5)", "x=range(5,5): there is nothing in it"),
+        ("x=range(5,5)", "x=range(5,5): the range is empty"),
         ("x=interval(2,1)", "x=interval(2,1): "),
         ("x=tag(log,interval(0,1.5))", "x=tag(log,interval(0,1.5)): "),
         ("x=tag(lgo,interval(1,2))", "x=tag(lgo,interval(1,2)): the tag lgo means nothing"),
@@ -279,7 +279,7 @@ def test_a_study_that_is_busy_or_gone_lets_training_go_on(
     assert time.monotonic() - start < 30
     other.close()
     assert "database is locked" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert len(caplog.records) == 1, "once"
     (two / "optuna.db").unlink()
     assert asked(two, 0.1) == [False]
@@ -296,6 +296,6 @@ def test_the_best_is_by_the_direction(tmp_path: Path) -> None:
         (Direction.minimize, "job 0, pc_success 20.0 %"),
     ):
         (tmp_path / "sweep.json").write_text(json.dumps({"direction": direction.value}))
-        assert format_best(sweep._direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
+        assert format_best(read_direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
     (tmp_path / "sweep.json").write_text("{}")
-    assert format_best(sweep._direction(tmp_path), found) == [], "of a grid none is sought"
+    assert format_best(read_direction(tmp_path), found) == [], "of a grid none is sought"
