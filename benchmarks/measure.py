@@ -20,6 +20,7 @@ from statistics import median
 from typing import Any
 
 from pusht_act.runs.provenance import git_commit, package_versions
+from pusht_act.runtime.markdown import format_table
 from pusht_act.runtime.system import cores
 
 HERE = Path(__file__).parent
@@ -247,8 +248,8 @@ def told(found: dict[str, Any], rows: Sequence[dict[str, Any]], output: Path) ->
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table; a column is a key of some row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(column, "")) for column in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    words = {key for row in rows for key, value in row.items() if isinstance(value, str)}
+    return "\n".join(format_table(columns, ([_cell(row.get(key, "")) for key in columns] for row in rows), text=words))
 
 
 def _cell(value: Any) -> str:

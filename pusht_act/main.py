@@ -27,8 +27,9 @@ from pusht_act.runtime.signals import StopSignal, handle_signals, handling_signa
 from pusht_act.sweeps.joblib_workers import stopping
 from pusht_act.sweeps.pruning import reporter
 from pusht_act.sweeps.report import sweep_summary
-from pusht_act.sweeps.status import show
-from pusht_act.sweeps.sweep import expand_resume_args, run_sweep_job
+from pusht_act.sweeps.resume import expand_resume_args
+from pusht_act.sweeps.run_job import run_sweep_job
+from pusht_act.sweeps.status import show_status
 from pusht_act.training.extensions import Extensions
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _show_status(cfg: DictConfig, overrides: list[str]) -> Result:
     check_overrides(cfg, overrides)
     config = to_config(cfg)
     assert config.dir is not None
-    show(Path(config.dir).expanduser(), config.status.every)
+    show_status(Path(config.dir).expanduser(), config.status.every)
     return Result(Path(config.dir))
 
 

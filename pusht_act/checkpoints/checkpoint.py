@@ -1,6 +1,6 @@
-"""A checkpoint on disk, and how one is found: by path, `last`, or the latest valid one.
+"""The paths of a checkpoint, and how one is found: by path, as `last`, or as the latest valid one.
 
-Imports neither torch nor lerobot, so that a refusal answers at once.
+Imports neither torch nor lerobot, so that a refusal is immediate.
 """
 
 import json
@@ -19,34 +19,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory, with the training state beside it if a training run wrote it."""
+    """A model folder, with the training state beside it if a training run wrote it."""
 
     model_dir: Path
 
     @property
     def directory(self) -> Path:
-        """The step's folder."""
+        """The folder of the step, which holds the model and the training state."""
         return self.model_dir.parent
 
     @property
     def training_dir(self) -> Path:
-        """The training state, beside the model."""
+        """The folder of the training state, which may be missing."""
         return self.directory / "training_state"
 
     @property
     def run_dir(self) -> Path | None:
-        """The run directory it lies in, if it does."""
+        """The run directory that the checkpoint belongs to, or None."""
         parent = self.directory.resolve().parent
         return parent.parent if parent.name == "checkpoints" else None
 
     @property
     def name(self) -> str:
-        """Its step as the folder's name has it."""
+        """The name of its folder: the step, padded with zeros."""
         return self.directory.resolve().name
 
     @property
     def step(self) -> int:
-        """The optimizer step it was written at.
+        """The optimizer step that it was written at.
 
         Raises:
             UserError: there is no training state, so it can be evaluated but not resumed.
@@ -61,7 +61,7 @@ class Checkpoint:
 
     @property
     def pending(self) -> int | None:
-        """The step whose evaluation was under way when it was written; None, too, where that cannot be read."""
+        """The step whose evaluation was running when it was written; None if there was none or it cannot be read."""
         try:
             pending: int | None = json.loads((self.training_dir / METADATA_FILE).read_text())["pending"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -70,18 +70,23 @@ class Checkpoint:
 
 
 def find_checkpoint(path: str, key: str) -> Checkpoint:
-    """The checkpoint at `path`: a run directory (then its `last`), a step's folder, its model folder or a file in it.
+    """Return the checkpoint at `path`.
+
+    Args:
+        path: A run directory (then its `last`), the folder of a step, its model folder, or a file in that.
+        key: The option to name in the message.
 
     Raises:
-        FileNotFoundError: there is none; `key` names the option in the message.
+        FileNotFoundError: there is none.
     """
-    at = Path(path).expanduser()
-    if at.is_file():
-        at = at.parent
-    for model in (at, at / "pretrained_model", at / "checkpoints" / "last" / "pretrained_model"):
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        folder = folder.parent
+    for model in (folder, folder / "pretrained_model", folder / "checkpoints" / "last" / "pretrained_model"):
         if (model / "config.json").is_file():
+            # `last` may move on while this checkpoint is in use, so the link is resolved now.
             return Checkpoint(model.parent.resolve() / model.name)
-    if at.is_dir():
+    if folder.is_dir():
         raise FileNotFoundError(
             f"{key}={path} holds no checkpoint (no config.json): give .../checkpoints/STEP of a run"
         )
@@ -89,11 +94,17 @@ def find_checkpoint(path: str, key: str) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, key: str, files: tuple[str, ...]) -> None:
-    """A checkpoint that the user has named is the one written, in those of its `files` that are needed, or refused.
+    """Refuse a checkpoint, named by the user, whose files are not those that were written.
+
+    Args:
+        checkpoint: The checkpoint.
+        key: The option to name in the message.
+        files: The beginnings of the names of the files to read, such as manifest.EVAL_FILES.
 
     Raises:
-        UserError: a file is missing or damaged; `key` names the option in the message.
+        UserError: a file is missing or damaged.
     """
+    # A model folder alone, such as one from the Hub, has no manifest beside it.
     if checkpoint.model_dir.name == "pretrained_model" and (wrong := verify_manifest(checkpoint.directory, files)):
         raise UserError(
             f"{key}: {checkpoint.directory}/{wrong}; give another checkpoint "
@@ -102,22 +113,30 @@ def verify(checkpoint: Checkpoint, key: str, files: tuple[str, ...]) -> None:
 
 
 def latest_valid(run: RunDir, most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """`last` of a run or, where that is damaged, its newest sound checkpoint; and what is wrong with those before it.
+    """Return the latest valid checkpoint of a run: `last` or, if that is damaged, the newest that is not.
 
-    Only those of step `most` and before are looked at.
+    Args:
+        run: The run.
+        most: Ignore checkpoints of later steps.
+
+    Returns:
+        The checkpoint, None if there is none, and a line for each one that was passed over.
     """
     link, wrong = run.checkpoints / "last", []
-    target = Path(os.path.realpath(link))  # resolve() raises at a link to itself
+    # Path.resolve() would raise at a link to itself.
+    target = Path(os.path.realpath(link))
     steps = [path for path in run.checkpoints.glob("*") if path.name.isdigit()]
     others = sorted((path for path in steps if path.resolve() != target), key=lambda path: int(path.name), reverse=True)
     if not link.exists() and (steps or link.is_symlink()):
         wrong.append(f"{link} points to {target.name}, which is missing" if link.is_symlink() else f"{link} is missing")
+    # `last` comes first even where another one has a higher step: a run that was resumed from an earlier step leaves
+    # those of its former future behind.
     for path in [*([target] if link.exists() else []), *others]:
         if most is not None and path.name.isdigit() and int(path.name) > most:
             continue
-        if (found := find_corruption(path)) is None:
+        if (damage := find_corruption(path)) is None:
             return Checkpoint(path.resolve() / "pretrained_model"), wrong
-        wrong.append(f"{path}: {found}")
+        wrong.append(f"{path}: {damage}")
     return None, wrong
 
 
@@ -126,19 +145,27 @@ def last_checkpoint(
     most: int | None = None,
     remedy: str = "name one elsewhere with resume.path=, or start afresh with overwrite=true",
 ) -> Checkpoint:
-    """`last` of a run or, with a warning, the newest sound one; of step `most` or before.
+    """Return the checkpoint to resume a run from: `last` or, with a warning, the newest valid one.
+
+    Args:
+        run: The run.
+        most: Ignore checkpoints of later steps.
+        remedy: What the user can do if all are damaged, for the message.
 
     Raises:
-        FileNotFoundError: nothing to resume.
-        UserError: there are checkpoints, none of them sound.
+        FileNotFoundError: there is nothing to resume.
+        UserError: there are checkpoints, but none is valid.
     """
-    sound, wrong = latest_valid(run, most)
-    if sound is None and wrong:
-        raise UserError(f"no checkpoint in {run.checkpoints} is sound ({'; '.join(wrong)}): {remedy}")
-    if sound is not None:
+    checkpoint, wrong = latest_valid(run, most)
+    if checkpoint is None and wrong:
+        raise UserError(f"no checkpoint in {run.checkpoints} is valid ({'; '.join(wrong)}): {remedy}")
+    if checkpoint is not None:
         if wrong:
-            log.warning("%s; going on from step %d instead, %s", "; ".join(wrong), sound.step, sound.directory)
-        return sound
+            log.warning(
+                "%s; resuming from step %d instead, %s", "; ".join(wrong), checkpoint.step, checkpoint.directory
+            )
+        return checkpoint
+    # A run of another mode or name may lie beside it.
     others = sorted(str(p.parent.parent) for p in run.path.parent.glob("*/checkpoints/last"))
     hint = f"; there is {', '.join(others)} (give output_dir=)" if others else ""
     raise FileNotFoundError(

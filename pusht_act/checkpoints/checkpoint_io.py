@@ -1,14 +1,16 @@
-"""Checkpoints in LeRobot's directory layout, safetensors and JSON only, each complete or not there at all.
+"""Save and load checkpoints in LeRobot's directory layout, in safetensors and JSON only.
 
 <run>/checkpoints/
   005000/pretrained_model/  config.json  model.safetensors  policy_{pre,post}processor*  train_config.json
-                            pusht_act.json      our configuration and the group choices it was composed of
-  005000/training_state/    optimizer, scheduler, random streams, step (LeRobot's files)
-                            rng_state_1.safetensors ...    the random streams of further processes
-                            pusht_act.json      TrainerState: what LeRobot does not keep
-  005000/manifest.json      size and SHA-256 of every file above (integrity.py)
-  last -> 005000            the newest
+                            pusht_act.json      our configuration and the group choices that composed it
+  005000/training_state/    optimizer, scheduler, random states, step (LeRobot's files)
+                            rng_state_1.safetensors ...    the random states of further ranks
+                            pusht_act.json      TrainerState: what LeRobot does not save
+  005000/manifest.json      size and SHA-256 of every file above (manifest.py)
+  last -> 005000            the one saved last
   best -> 005000            the best by evaluation
+
+A checkpoint is complete or not there at all: it is written under a hidden name, synced, and renamed.
 """
 
 import copy
@@ -42,43 +44,45 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.manifest import size_of, write_manifest
-from pusht_act.checkpoints.retention import mark_deleted, remove_temp_files, resolve_symlink, set_symlink
+from pusht_act.checkpoints.retention import remove_temp_files, resolve_symlink, set_symlink
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.policy.act import Processors
 from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.atomic import fsync, part_path, replace_dir
 from pusht_act.runtime.distributed import gather_to_main
 from pusht_act.runtime.errors import UserError
 
-MARGIN = 1_000_000
-"""Bytes of a checkpoint beside its tensors, generously."""
+NON_TENSOR_BYTES = 1_000_000
+"""What a checkpoint takes beside its tensors, generously."""
 
 
 @dataclass
 class TrainerState:
-    """The training loop's own state at a step, every piece of it by name."""
+    """The state of the training loop at a step. Its fields are the keys of training_state/pusht_act.json."""
 
     step: int = 0
     sampler: dict[str, int] | None = None
-    """EpisodeSampler.state_dict(); None after a checkpoint of stock LeRobot, which does not record it."""
+    """EpisodeSampler.state_dict(); None in a checkpoint of stock LeRobot, which does not record it."""
     window: dict[str, float] = field(default_factory=dict)
-    """Sums of the metrics since the last line that was logged, and their number."""
+    """Sums of the metrics since they were last logged, and their number."""
     skipped: int = 0
-    """How many steps were skipped since their loss or gradient was not finite, after the last roll-back."""
+    """How many steps since the last roll-back were skipped because their loss or gradient was not finite."""
     rollbacks: int = 0
-    """How many times training diverged and went back to a checkpoint; each changes the order of the data."""
+    """How often training diverged and was rolled back to a checkpoint. Each time changes the order of the data."""
     best: dict[str, Any] | None = None
     """The best evaluation so far: {"step": int, "score": [pc_success, avg_max_reward]}."""
     pending: int | None = None
-    """The step whose evaluation is under way."""
+    """The step whose evaluation is running."""
     spare: list[int] = field(default_factory=list)
-    """Checkpoints written for their evaluation alone, or where a signal stopped the run; each goes at a later save, the
-    best one excepted and that of `pending`."""
+    """Steps whose checkpoints are temporary: written for their evaluation alone, or because a signal stopped the run.
+
+    A later save removes them, except the best one and that of `pending`."""
     wandb_run_id: str | None = None
 
 
 @dataclass(frozen=True)
 class TrainComponents:
-    """What a checkpoint is written from and, all but the processors, loaded into."""
+    """What a checkpoint is saved from. All but the processors is also loaded from it in place."""
 
     policy: ACTPolicy
     processors: Processors
@@ -88,23 +92,26 @@ class TrainComponents:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that a checkpoint has of the moment it was taken."""
+    """The state of training at one moment, from which a checkpoint is written."""
 
-    objects: TrainComponents
+    components: TrainComponents
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None
     random: list[dict[str, Tensor]]
-    """The states of each process's random streams, as LeRobot writes them."""
+    """The state of every rank's random generators, as LeRobot writes it."""
     state: TrainerState
 
 
-def snapshot(objects: TrainComponents, state: TrainerState, apart: bool) -> Snapshot:
-    """The present moment; `apart`: copied to the host's memory, so that training can go on while it is written.
+def snapshot(components: TrainComponents, state: TrainerState, to_cpu: bool) -> Snapshot:
+    """Return the present state of training.
 
-    The processors are not copied: those of `objects` must not be the training's.
+    Args:
+        components: What to save. The processors are not copied, so they must not be those that training uses.
+        state: The state of the loop, which is copied.
+        to_cpu: Copy weights and moments to the host's memory, so that training can continue while they are written.
     """
-    policy, optimizer = objects.policy, objects.optimizer.state_dict()
-    if apart:
+    policy, optimizer = components.policy, components.optimizer.state_dict()
+    if to_cpu:
         policy = copy.deepcopy(policy).to("cpu")
         moments = {
             index: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
@@ -112,9 +119,9 @@ def snapshot(objects: TrainComponents, state: TrainerState, apart: bool) -> Snap
         }
         optimizer = {"state": moments, "param_groups": copy.deepcopy(optimizer["param_groups"])}
     return Snapshot(
-        replace(objects, policy=policy),
+        replace(components, policy=policy),
         optimizer,
-        copy.deepcopy(objects.scheduler.state_dict()) if objects.scheduler is not None else None,
+        copy.deepcopy(components.scheduler.state_dict()) if components.scheduler is not None else None,
         rng_states(),
         copy.deepcopy(state),
     )
@@ -134,27 +141,40 @@ def save(
     train_config: TrainPipelineConfig,
     record: dict[str, Any],
 ) -> Checkpoint:
-    """Write the checkpoint of `snapshot` and point `last` at it; a crash leaves the old `last` and no half of one.
+    """Write a checkpoint and point `last` at it. A crash leaves the former `last` and no part of the new one.
+
+    Args:
+        run: The run that it belongs to.
+        snapshot: What to write.
+        train_config: LeRobot's configuration of the run, which it saves beside the weights.
+        record: Our configuration and its group choices, saved as pretrained_model/pusht_act.json.
+
+    Returns:
+        The checkpoint, complete and on the disk.
 
     Raises:
-        OSError: there is no room for it or it cannot be written; what was there before is as it was.
+        OSError: there is no room for it or it cannot be written; what was there before is unchanged.
     """
     name = get_step_identifier(snapshot.state.step, train_config.steps)
     final = run.checkpoints / name
-    part = run.checkpoints / f".{name}.part"
+    part = part_path(final)
     needed = 0
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         remove_temp_files(run)
-        needed = _bytes_needed(run, snapshot.objects.policy)
+        # Refuse before anything is written: a disk that is full in the end fails other programs, too.
+        needed = _bytes_needed(run, snapshot.components.policy)
         if needed > shutil.disk_usage(run.checkpoints).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(part, snapshot, train_config, record)
-        _replace(part, final)
-        _fsync(run.checkpoints)
+        replace_dir(part, final)
+        # Each rename must be on the disk before what depends on it: the folder before the link that points at it, and
+        # the link before older checkpoints are removed.
+        fsync(run.checkpoints)
         set_symlink(run, "last", name)
-        _fsync(run.checkpoints)  # before others are removed
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system says
+        fsync(run.checkpoints)
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the errors of the operating system in one of its own.
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(_cannot_save(final, error, needed)) from error
     return Checkpoint(final / "pretrained_model")
@@ -166,59 +186,63 @@ def _write(
     train_config: TrainPipelineConfig,
     record: dict[str, Any],
 ) -> None:
-    """All files of a checkpoint, on the disk when this returns."""
+    """Write all files of a checkpoint and wait until they are on the disk."""
     model, training = part / "pretrained_model", part / "training_state"
-    objects, state = snapshot.objects, snapshot.state
+    components, state = snapshot.components, snapshot.state
     model.mkdir(parents=True)
     training.mkdir()
-    objects.policy.save_pretrained(model)
-    objects.processors.pre.save_pretrained(model)
-    objects.processors.post.save_pretrained(model)
+    components.policy.save_pretrained(model)
+    components.processors.pre.save_pretrained(model)
+    components.processors.post.save_pretrained(model)
     train_config.save_pretrained(model)
     (model / METADATA_FILE).write_text(json.dumps(record, indent=2))
-    # LeRobot's `save_training_state`, of the snapshot in place of the present.
+    # What LeRobot's `save_training_state` does, but with the values of the snapshot.
     save_training_step(state.step, training, num_processes=1, batch_size=train_config.batch_size)
-    for process, streams in enumerate(snapshot.random):
-        save_file(streams, training / _random_of(process))
-    save_optimizer_state(objects.optimizer, training, optim_state_dict=snapshot.optimizer)
+    for process, random_state in enumerate(snapshot.random):
+        save_file(random_state, training / _rng_file(process))
+    save_optimizer_state(components.optimizer, training, optim_state_dict=snapshot.optimizer)
     if snapshot.scheduler is not None:
         write_json(snapshot.scheduler, training / SCHEDULER_STATE)
     (training / METADATA_FILE).write_text(json.dumps(asdict(state), indent=2))
     write_manifest(part)
     for path in [*part.rglob("*"), part]:
-        _fsync(path)
+        fsync(path)
 
 
 def _bytes_needed(run: RunDir, policy: ACTPolicy) -> int:
-    """What a checkpoint takes: as much as the last one, and no less than weights and the optimizer's two moments."""
+    """Return the bytes that a checkpoint takes: as the last one, and at least weights and AdamW's two moments."""
     weights: int = sum(parameter.nbytes for parameter in policy.parameters())
     last = resolve_symlink(run, "last")
-    return max(3 * weights, size_of(last) if last is not None else 0) + MARGIN
+    return max(3 * weights, size_of(last) if last is not None else 0) + NON_TENSOR_BYTES
 
 
 def _cannot_save(final: Path, error: Exception, needed: int) -> str:
+    """Return the message for a checkpoint that could not be written, of `needed` bytes (0 if that is not known)."""
     reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
     try:
         free = f"{shutil.disk_usage(final.parent).free / 1e6:.1f} MB are free"
     except OSError:
-        free = "its folder is not there"
+        free = "its folder is missing"
     takes = f", a checkpoint takes {needed / 1e6:.1f} MB" if needed else ""
     return f"{final} cannot be saved ({reason}): {free}{takes}; make room or see that the folder can be written to"
 
 
-def load(checkpoint: Checkpoint, objects: TrainComponents) -> TrainerState:
-    """Load optimizer, scheduler and random streams in place, and return the loop's state.
+def load(checkpoint: Checkpoint, components: TrainComponents) -> TrainerState:
+    """Load optimizer, scheduler and rank 0's random state in place, and return the state of the loop.
+
+    The weights are not loaded: the policy was built from them.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     try:
-        # A run begun without a schedule has none to load: a schedule given on resume starts afresh.
-        scheduler = objects.scheduler if (checkpoint.training_dir / "scheduler_state.json").exists() else None
-        step, _, _ = load_training_state(checkpoint.directory, objects.optimizer, scheduler)
+        # A run without a schedule has none to load: one that is given on resume starts from its beginning.
+        scheduler = components.scheduler if (checkpoint.training_dir / "scheduler_state.json").exists() else None
+        step, _, _ = load_training_state(checkpoint.directory, components.optimizer, scheduler)
         path = checkpoint.training_dir / METADATA_FILE
         if path.exists():
             return TrainerState(**json.loads(path.read_text()))
+        # Stock LeRobot keeps none of our state, but the W&B run in its configuration.
         train_config = json.loads((checkpoint.model_dir / "train_config.json").read_text())
         return TrainerState(step=step, wandb_run_id=(train_config.get("wandb") or {}).get("run_id"))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -229,12 +253,15 @@ def load(checkpoint: Checkpoint, objects: TrainComponents) -> TrainerState:
 
 
 def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
-    """Load the random streams that `process`, not the first, had; False where the checkpoint has none of it.
+    """Load the random state of a rank other than 0; `load` does that of rank 0.
+
+    Returns:
+        Whether the checkpoint has one: it may have been written by fewer ranks.
 
     Raises:
-        UserError: their file is damaged.
+        UserError: its file is damaged.
     """
-    path = checkpoint.training_dir / _random_of(process)
+    path = checkpoint.training_dir / _rng_file(process)
     if not path.exists():
         return False
     try:
@@ -245,37 +272,16 @@ def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
 
 
 def saved_world_size(checkpoint: Checkpoint) -> int:
-    """How many processes have their random streams in it."""
+    """Return how many ranks have their random state in the checkpoint."""
     return len(list(checkpoint.training_dir.glob(f"{Path(RNG_STATE).stem}*")))
 
 
-def _random_of(process: int) -> str:
-    """The file's name: LeRobot's for the first process, which is all that stock LeRobot reads."""
+def _rng_file(process: int) -> str:
+    """Return the name of a rank's file: LeRobot's own for rank 0, the only one that stock LeRobot reads."""
     name = Path(RNG_STATE)
     return f"{name.stem}_{process}{name.suffix}" if process else name.name
 
 
 def saved_batch_size_and_world(checkpoint: Checkpoint) -> tuple[int | None, int]:
-    """(batch size, number of processes) that the checkpoint's steps were made with."""
+    """Return the batch size, None if unknown, and the number of ranks that the checkpoint was trained with."""
     return load_training_batch_size(checkpoint.directory), load_training_num_processes(checkpoint.directory) or 1
-
-
-def _replace(part: Path, final: Path) -> None:
-    """Move `part` to `final`, which may exist when a run was resumed from an earlier step."""
-    old = mark_deleted(final) if os.path.lexists(final) else None
-    try:
-        part.rename(final)
-    except OSError:
-        if old is not None:
-            old.rename(final)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: fetching a model to evaluate, uploading one that was trained."""
+"""Download models from the Hugging Face Hub, and upload those that were trained."""
 
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,25 @@ from pusht_act.runs.provenance import package_versions
 from pusht_act.runtime.errors import UserError
 
 MODEL_FILES = ("*.json", "*.safetensors")
-"""Weights and configuration; never a pickle."""
+"""What is downloaded and uploaded: weights and configuration, never a pickle."""
 
 
 def download(repo_id: str, key: str) -> Path:
-    """The folder of model `repo_id`, fetched from the Hub or from its cache.
+    """Return the folder of a model, fetched from the Hub or from its cache.
+
+    Args:
+        repo_id: The model, as USER/NAME.
+        key: The option to name in the message.
 
     Raises:
-        FileNotFoundError: it cannot be had; `key` names the option in the message.
+        FileNotFoundError: it cannot be downloaded, or is not a policy.
     """
+    # The Hub's client and httpx raise classes of their own, without a common base.
     try:
         folder = Path(snapshot_download(repo_id, allow_patterns=list(MODEL_FILES)))
-    except Exception as error:  # the Hub client and httpx raise classes of their own
+    except Exception as error:
         raise FileNotFoundError(
-            f"{key}={repo_id} is no path here and cannot be fetched from the Hub ({type(error).__name__}): "
+            f"{key}={repo_id} is not a local path and cannot be fetched from the Hub ({type(error).__name__}): "
             "give a path such as outputs/act_pusht/train/checkpoints/last"
         ) from error
     if not (folder / "config.json").is_file():
@@ -34,11 +39,16 @@ def download(repo_id: str, key: str) -> Path:
 
 
 def check_can_push(repo_id: str | None, section: str = "policy") -> None:
-    """Refuse before hours of work what would fail after them; `section` has the keys push_to_hub and repo_id.
+    """Refuse an upload before the work of hours that would only fail after it.
+
+    Args:
+        repo_id: Where to push to.
+        section: The section of the configuration that has push_to_hub and repo_id, for the message.
 
     Raises:
-        UserError: no token, or a repo_id nobody has chosen.
+        UserError: there is no token, or the repo_id is missing or malformed.
     """
+    # The presets have a placeholder in it, which YOUR_PROJECT_NAME in the environment replaces.
     if repo_id is None or repo_id.startswith("YOUR_PROJECT_NAME/"):
         raise UserError(
             f"{section}.push_to_hub=true needs a place to push to: give {section}.repo_id=USER/NAME or set "
@@ -48,26 +58,36 @@ def check_can_push(repo_id: str | None, section: str = "policy") -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(
-            f"{section}.repo_id={repo_id} is no name on the Hub: give {section}.repo_id=USER/NAME"
+            f"{section}.repo_id={repo_id} is not a name for the Hub: give {section}.repo_id=USER/NAME"
         ) from error
     if get_token() is None:
         raise UserError(f"{section}.push_to_hub=true needs a Hub token: log in with `hf auth login` or set HF_TOKEN")
 
 
 def push(config: Config, checkpoint: Path, metrics: dict[str, float], command: str) -> str:
-    """Upload the model of `checkpoint` with its card; returns the address of the commit.
+    """Upload the model of a checkpoint with its card.
+
+    Args:
+        config: The run's, which has the repo_id.
+        checkpoint: The folder of the step.
+        metrics: Those of its evaluation, for the card; empty if there was none.
+        command: The command that trained it, for the card.
+
+    Returns:
+        The address of the commit.
 
     Raises:
-        OSError: the upload failed; the model is still where it was.
+        OSError: the upload failed; the model is still in its folder.
     """
     repo_id, folder = str(config.policy["repo_id"]), checkpoint / "pretrained_model"
     card = model_card(config, metrics, command).encode()
     api = HfApi()
+    # As above: any class may be raised.
     try:
         api.create_repo(repo_id, private=config.policy.get("private"), exist_ok=True)
         api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=repo_id)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))
-    except Exception as error:  # the Hub client and httpx raise classes of their own
+    except Exception as error:
         raise OSError(
             f"policy.repo_id={repo_id}: the upload failed ({type(error).__name__}), the model is in {folder}: "
             f"send it with `hf upload {repo_id} {folder}`"
@@ -76,7 +96,7 @@ def push(config: Config, checkpoint: Path, metrics: dict[str, float], command: s
 
 
 def model_card(config: Config, metrics: dict[str, float], command: str) -> str:
-    """README.md of the model: task, data, result with its interval, the command, versions."""
+    """Return the README.md of a model: task, data, result with its interval, command, versions."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(

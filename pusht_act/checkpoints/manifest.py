@@ -1,6 +1,6 @@
-"""Whether the files of a checkpoint are those that were written: sizes and hashes, kept beside them.
+"""The manifest of a checkpoint: size and hash of every file, to tell whether they are still those that were written.
 
-Imports neither torch nor lerobot, so that damage is named at once.
+Imports neither torch nor lerobot, so that a refusal is immediate.
 """
 
 import hashlib
@@ -11,20 +11,20 @@ from typing import Any
 from pusht_act.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
-"""Beside a checkpoint's two folders: {"pretrained_model/config.json": {"size": bytes, "sha256": hex}, ...}."""
+"""The file beside a checkpoint's two folders: {"pretrained_model/config.json": {"size": bytes, "sha256": hex}, ...}."""
 EVAL_FILES = ("pretrained_model/", "training_state/training_step.json")
-"""The files, or their folder, that an evaluation needs."""
+"""What an evaluation reads; a name that ends in a slash stands for all files of that folder."""
 ALL_FILES = ("",)
 RESUME_FILES = (
     *("pretrained_model/config.json", "pretrained_model/model.safetensors"),
     *("training_state/training_step.json", "training_state/rng_state.safetensors"),
     *("training_state/optimizer_param_groups.json", "training_state/optimizer_state.safetensors"),
 )
-"""What a resume cannot do without, in any checkpoint of LeRobot's layout."""
+"""What a resume cannot do without, in any checkpoint of LeRobot's layout. (The others have defaults.)"""
 
 
 def write_manifest(folder: Path) -> None:
-    """Record every file under `folder` as it is now."""
+    """Write the manifest of all files that are in `folder` now."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
@@ -33,9 +33,11 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path, files: tuple[str, ...] = ALL_FILES) -> str | None:
-    """What is not as the manifest says, as "FILE is ..."; None when all is, or when there is no manifest.
+    """Return what differs from the manifest, as "FILE is ..."; None if nothing does or there is no manifest.
 
-    Only files whose names begin with one of `files` are read.
+    Args:
+        folder: The checkpoint.
+        files: The beginnings of the names of the files to read.
     """
     try:
         entries = json.loads((folder / MANIFEST).read_text())
@@ -43,7 +45,8 @@ def verify_manifest(folder: Path, files: tuple[str, ...] = ALL_FILES) -> str | N
             if name.startswith(files) and (wrong := _verify_entry(folder, name, entry)):
                 return f"{name} {wrong}"
     except FileNotFoundError:
-        return None  # stock LeRobot's, or ours of old
+        # Written by stock LeRobot, or by this project before it had manifests.
+        return None
     except OSError as error:
         return f"a file cannot be read ({error})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -52,14 +55,12 @@ def verify_manifest(folder: Path, files: tuple[str, ...] = ALL_FILES) -> str | N
 
 
 def find_corruption(folder: Path) -> str | None:
-    """What keeps the checkpoint in `folder` from being resumed, as "FILE is ..."; None when it is sound.
-
-    Without a manifest a file cut short is found, a bit that was flipped within a tensor is not.
-    """
+    """Return what keeps the checkpoint in `folder` from being resumed, as "FILE is ..."; None if it is valid."""
     if not folder.is_dir():
         return "its folder is missing"
     if (folder / MANIFEST).exists():
         return verify_manifest(folder)
+    # Without a manifest, missing and truncated files are found. A bit that was flipped within a tensor is not.
     for name in RESUME_FILES:
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -70,11 +71,14 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def _verify_entry(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """Return what is wrong with the file that `entry` describes, or None."""
     path = folder / name
+    # A checkpoint may come from anywhere: its manifest must not make us read other files.
     if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
         return "lies outside of the checkpoint"
     if not path.is_file():
         return "is missing"
+    # The size is compared first, so that most damage is found without reading the file.
     if (size := path.stat().st_size) != entry["size"]:
         return f"is damaged: {size} bytes in place of {entry['size']}"
     if _sha256(path) != entry["sha256"]:
@@ -83,7 +87,7 @@ def _verify_entry(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
 
 
 def _check_format(path: Path) -> str | None:
-    """What the form of a file says about it, without its numbers."""
+    """Return whether a file can be parsed at all, as "is damaged ..."; None if so. Numbers are not read."""
     try:
         if path.suffix == ".json":
             json.loads(path.read_text())
@@ -95,11 +99,12 @@ def _check_format(path: Path) -> str | None:
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
-    """Names, shapes and places of the tensors in a file, which are not read.
+    """Return the header of a safetensors file: name, dtype, shape and offsets of each tensor.
 
     Raises:
         UserError: there is no such header.
     """
+    # The format: 8 bytes that give the length of the header, the header in JSON, then the tensors.
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 0 < length <= path.stat().st_size:
@@ -109,7 +114,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
 
 
 def safetensors_size(path: Path) -> int:
-    """Bytes that the file has when it is whole."""
+    """Return the size in bytes that the header of a safetensors file promises."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     tensors = [entry for name, entry in safetensors_header(path).items() if name != "__metadata__"]
@@ -117,7 +122,7 @@ def safetensors_size(path: Path) -> int:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files under `folder`; 0 when it is not there."""
+    """Return the size in bytes of all files under `folder`; 0 if it is missing."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 

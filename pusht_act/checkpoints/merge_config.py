@@ -1,6 +1,6 @@
-"""mode=resume and mode=eval take their configuration from the checkpoint; what the command line names replaces it.
+"""The configuration of mode=resume and mode=eval: the checkpoint's, with the command line's values in place of its own.
 
-Works on plain files, without torch or lerobot, for checkpoints of ours and of stock LeRobot.
+Reads plain files, of checkpoints of this project and of stock LeRobot. Imports neither torch nor lerobot.
 """
 
 import json
@@ -17,16 +17,19 @@ CLI_ONLY_KEYS = {
     *("mode", "steps", "output_dir", "overwrite", "print_lerobot_command", "checkpoint", "dir", "resume", "sweep"),
     *("cluster", "status"),
 }
-"""Root keys of a resumed run that the present command decides; all others are the checkpoint's."""
+"""Root keys that mode=resume takes from the command; all others are the checkpoint's."""
 POLICY_KEYS = {"policy", "env", "job_name"}
-"""Root keys that mode=eval takes from the checkpoint; all others are the present command's."""
+"""Root keys that mode=eval takes from the checkpoint; all others are the command's."""
 FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
+"""Groups that cannot be chosen again: a whole group would replace values that the checkpoint was trained with."""
 STOCK_ROOT = {
     **{key: key for key in ("seed", "batch_size", "log_freq", "save_checkpoint", "save_freq", "job_name")},
     "eval_steps": "eval_steps",
-    "eval_freq": "eval_freq",  # its name before LeRobot 0.6
+    # Renamed in LeRobot 0.6.
+    "eval_freq": "eval_freq",
     "env_eval_freq": "eval_freq",
 }
+"""Root keys of stock LeRobot's train_config.json, and ours."""
 STOCK_DATASET = ("repo_id", "root", "episodes", "revision", "use_imagenet_stats", "eval_split")
 STOCK_ENV = ("type", "task", "fps", "obs_type", "episode_length", "visualization_width", "visualization_height")
 STOCK_WANDB = ("project", "entity", "notes", "mode")
@@ -35,25 +38,35 @@ STOCK_WANDB = ("project", "entity", "notes", "mode")
 def merge_checkpoint_config(
     cfg: DictConfig, checkpoint: Checkpoint, overrides: list[str], choices: dict[str, str | None], resume: bool
 ) -> DictConfig:
-    """`cfg`, composed by the present command, with the checkpoint's configuration where that is the checkpoint's.
+    """Merge the configuration of a checkpoint with that of the command.
+
+    Args:
+        cfg: The configuration that the command composed.
+        checkpoint: The checkpoint.
+        overrides: The command line's. They win over the checkpoint's values.
+        choices: The group choices of `cfg`.
+        resume: For mode=resume, in which the checkpoint decides nearly everything; for mode=eval it decides policy and
+            environment only.
 
     Raises:
-        UserError: a group is chosen anew that the checkpoint has fixed, or its configuration cannot be read.
+        UserError: a group is chosen that the checkpoint has fixed, or its configuration cannot be read.
     """
     saved, saved_choices = _saved(checkpoint, resume)
-    # Written by 0.1, which had mode=dagger: the empty section of an ordinary run means nothing any more.
+    # Version 0.1 had mode=dagger. The empty section that it wrote for an ordinary run has no meaning any more.
     if resume and (labels := (saved.get("dagger") or {}).get("labels")):
         raise UserError(
             f"{checkpoint.directory} was trained with dagger.labels={labels}, and mode=dagger was removed: "
             "it can be evaluated; train on with the version that wrote it, or start a new run"
         )
     saved = {key: value for key, value in saved.items() if key != "dagger"}
-    merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))  # plain: a typed node refuses a dict
+    # Untyped, since the typed nodes of `cfg` refuse to be replaced by a dict.
+    merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(merged, DictConfig)
     for key, value in saved.items():
         if (key not in CLI_ONLY_KEYS) if resume else (key in POLICY_KEYS):
             # A field that our sections did not have when the checkpoint was written keeps its default.
             merged[key] = OmegaConf.merge(merged[key], value) if key in OUR_SECTIONS else value
+    # Hardware and tracking depend on where the command runs, not on where the checkpoint was written.
     merged.policy.device = cfg.policy.device
     merged.wandb.enable = cfg.wandb.enable
     for override in parse_overrides(overrides):
@@ -63,12 +76,13 @@ def merge_checkpoint_config(
                 _check_choice(key, choices.get(key), saved_choices, checkpoint)
         elif key not in choices:
             if override.is_delete():
-                raise UserError(f"~{key}: a checkpoint's configuration has it; give {key}=VALUE")
+                raise UserError(f"~{key}: the checkpoint's configuration has this key; give {key}=VALUE")
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
     return merged
 
 
 def _check_choice(group: str, choice: str | None, saved: dict[str, str | None], checkpoint: Checkpoint) -> None:
+    """Refuse a group choice other than the one that the checkpoint was trained with."""
     if group not in saved or saved[group] != choice:
         made = f" ({group}={saved[group]})" if group in saved else ""
         raise UserError(
@@ -78,7 +92,7 @@ def _check_choice(group: str, choice: str | None, saved: dict[str, str | None], 
 
 
 def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[str, str | None]]:
-    """(our configuration sections, the group choices) of a checkpoint; fewer for one that we did not write."""
+    """Return the configuration of a checkpoint and its group choices, empty for one that stock LeRobot wrote."""
     config: dict[str, Any] = {}
     choices: dict[str, str | None] = {}
     rates: dict[str, Any] = {}
@@ -88,6 +102,7 @@ def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[s
         if resume:
             _check_resumable(stock, checkpoint)
         config, rates = _from_stock(stock), _stock_rates(stock)
+    # The policy is described by LeRobot's own file in any case: it is what loads the weights.
     policy = _read_json(checkpoint.model_dir / "config.json")
     assert policy is not None, "find_checkpoint has seen config.json"
     if policy.get("type") != "act":
@@ -101,7 +116,7 @@ def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[s
 
 
 def _check_resumable(train: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse what stock trains in ways of its own, which going on here would change unseen."""
+    """Refuse a checkpoint that stock LeRobot trained in a way that resuming it here would change silently."""
     dataset, optimizer = train.get("dataset") or {}, train.get("optimizer") or {}
     if dataset.get("streaming") or (dataset.get("image_transforms") or {}).get("enable"):
         raise UserError(
@@ -113,10 +128,11 @@ def _check_resumable(train: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 
 def _from_stock(train: dict[str, Any]) -> dict[str, Any]:
-    """Stock LeRobot's train_config.json in our keys; what an older LeRobot did not have is left out."""
+    """Translate stock LeRobot's train_config.json to our keys, leaving out what an older LeRobot did not have."""
     dataset, optimizer = train.get("dataset") or {}, train.get("optimizer") or {}
     config = {ours: train[stock] for stock, ours in STOCK_ROOT.items() if train.get(stock) is not None}
-    config["seed"] = config.get("seed", 0)  # as stock orders its data without a seed
+    # Without a seed stock LeRobot orders its data as with seed 0.
+    config["seed"] = config.get("seed", 0)
     config["save_freq"] = max(0, config.get("save_freq", 0))
     config["dataset"] = {key: dataset[key] for key in STOCK_DATASET if key in dataset}
     config["optimizer"] = {key: optimizer[key] for key in ("betas", "eps", "grad_clip_norm") if key in optimizer}
@@ -129,7 +145,10 @@ def _from_stock(train: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stock_rates(train: dict[str, Any]) -> dict[str, Any]:
-    """Stock trains with its optimizer section, the policy's rates being only where that comes from by default."""
+    """Return the learning rate and weight decay of stock's optimizer section, as keys of the policy.
+
+    Stock trains with that section. The policy's values are only its defaults.
+    """
     optimizer = train.get("optimizer") or {}
     return {f"optimizer_{key}": optimizer[key] for key in ("lr", "weight_decay") if key in optimizer}
 

@@ -1,4 +1,4 @@
-"""Where a job goes on from: mode=resume where it is told to, resume.auto=true from the same job's work.
+"""Which checkpoint a job resumes: the one that mode=resume names, or with resume.auto=true that of the same job.
 
 Imports neither torch nor lerobot.
 """
@@ -25,11 +25,11 @@ RESULT_NEUTRAL_KEYS = (
     *("eval.n_videos", "eval.workers", "eval.background"),
     *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume.", "sweep.", "cluster.", "mode", "steps"),
 )
-"""Keys that resume.auto may go on with another value of: none decides what the run comes to."""
+"""Beginnings of keys that may differ when resume.auto resumes a run: they do not affect its results."""
 
 
 def resolve_run_dir(cfg: DictConfig, overrides: list[str]) -> Path:
-    """The run directory of a job that trains."""
+    """Return the run directory of a job that trains: for mode=resume that of the checkpoint it names, if it has one."""
     if cfg.mode is Mode.resume and cfg.resume.path is not None and not _output_dir_is_given(overrides):
         checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
         if checkpoint.run_dir is not None:
@@ -38,23 +38,26 @@ def resolve_run_dir(cfg: DictConfig, overrides: list[str]) -> Path:
 
 
 def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
-    """The checkpoint from which mode=resume goes on in `output_dir`.
+    """Return the checkpoint that mode=resume resumes in `output_dir`.
 
     Raises:
-        UserError: it is damaged, or its run has gone on.
+        UserError: it is damaged, or its run has later checkpoints.
         FileNotFoundError: there is none.
-        FileExistsError: it is another run's, and `output_dir` is in use.
+        FileExistsError: it belongs to another run, and `output_dir` is in use.
     """
+    # Without a path: the last one of the run directory.
     if cfg.resume.path is None:
         return last_checkpoint(RunDir(output_dir))
     checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
     verify(checkpoint, f"resume.path={cfg.resume.path}", ALL_FILES)
+
+    # Resuming a run from before its last checkpoint would mix two histories in one directory.
     if checkpoint.run_dir == output_dir.resolve():
         last, _ = latest_valid(RunDir(output_dir))
         if last is not None and last.step > checkpoint.step:
             raise UserError(
-                f"resume.path={cfg.resume.path} is at step {checkpoint.step}, its run went on to {last.step}: "
-                "give output_dir=NEW to branch off, or leave resume.path out to go on from the last"
+                f"resume.path={cfg.resume.path} is at step {checkpoint.step}, its run has reached {last.step}: "
+                "give output_dir=NEW to branch off, or leave out resume.path to resume from the last one"
             )
     else:
         ensure_unused(output_dir, cfg.overwrite)
@@ -62,14 +65,19 @@ def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
 
 
 def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
-    """The checkpoint from which resume.auto goes on in `run`; None to begin afresh: there is none, or may be moved.
+    """Return the checkpoint that resume.auto=true resumes in `run`.
+
+    Returns:
+        The checkpoint, or None to start from scratch: there is none, or overwrite=true moves another run aside.
 
     Raises:
-        UserError: it is of another configuration, none is sound, or mode=resume has gone on with it in its own way.
+        UserError: it has another configuration, none is valid, or the run was resumed by mode=resume since, whose
+            configuration may be a mixture.
     """
     if not run.has_checkpoints():
         return None
     checkpoint = last_checkpoint(run, remedy="start afresh with overwrite=true")
+    # Of a checkpoint that this project did not write, nothing is known.
     try:
         was = json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -79,28 +87,36 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
             return None
         raise UserError(
             f"{checkpoint.directory} was not written by mode=test or mode=full, so resume.auto=true cannot tell "
-            "whether it is the same run: go on with mode=resume, or give another output_dir= or job_name="
+            "whether it is the same run: use mode=resume, or give another output_dir= or job_name="
         )
     differing = [f"{key}: was {old}, now {new}" for key, old, new in _differences(was, config, RESULT_NEUTRAL_KEYS)]
     if differing and not config.overwrite:
         raise UserError(
-            f"output_dir={run.path} holds another run, so resume.auto=true cannot go on with it "
+            f"output_dir={run.path} holds another run, so resume.auto=true cannot resume it "
             f"({'; '.join(differing)}): give the same values, another output_dir= or job_name=, or overwrite=true"
         )
     return None if differing else checkpoint
 
 
 def has_no_checkpoint_yet(run: RunDir) -> bool:
-    """Whether `run` is that of a mode=test or mode=full that came to nothing worth keeping."""
+    """Return whether `run` was started by mode=test or mode=full and stopped before its first checkpoint."""
     return not run.has_checkpoints() and run.configuration().get("mode") in (Mode.test.value, Mode.full.value)
 
 
 def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, its value then, its value now) of each that is not `free` to change; None where it has none."""
+    """Yield (key, former value, present value) of every key that differs, None standing for no value.
+
+    Args:
+        was: The former configuration.
+        config: The present one.
+        free: Beginnings of keys that may differ.
+    """
     then, now = (dict(pair for item in each.items() for pair in flatten(*item)) for each in (was, to_dict(config)))
-    removed = [key for key in then if key.startswith("dagger.")]  # written by 0.1, which had mode=dagger
+    # Version 0.1 had mode=dagger and its section.
+    removed = [key for key in then if key.startswith("dagger.")]
     for key in sorted((then.keys() | now.keys()) - {*removed}):
-        new_field = key not in then and key.partition(".")[0] in OUR_SECTIONS  # its default is what was done before
+        # A field that is newer than the run: its default is what the run was made with.
+        new_field = key not in then and key.partition(".")[0] in OUR_SECTIONS
         if then.get(key) != now.get(key) and not key.startswith(free) and not new_field:
             yield key, then.get(key), now.get(key)
 

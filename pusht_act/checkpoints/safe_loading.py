@@ -1,7 +1,7 @@
-"""What a model folder from elsewhere may hold: JSON that names nothing to run, safetensors beside it, no pickle.
+"""Check that a model folder from an untrusted source is safe to load: plain JSON and safetensors, no pickle.
 
-LeRobot builds a policy's processors from a JSON file, which may name any class to import and any file to read. Here
-only the steps that LeRobot makes for ACT and files of the folder itself get through, before anything else is read.
+LeRobot builds a policy's processors from a JSON file that may name any class to import and any file to read. Only the
+steps that LeRobot makes for ACT, and files of the folder itself, pass this check. It comes before anything is loaded.
 Imports neither torch nor lerobot.
 """
 
@@ -19,22 +19,25 @@ STEPS = (
     *("rename_observations_processor", "to_batch_processor", "device_processor", "normalizer_processor"),
     "unnormalizer_processor",
 )
-"""The names in LeRobot's registry of what make_act_pre_post_processors puts together."""
+"""The steps that make_act_pre_post_processors uses, by their names in LeRobot's registry."""
 STATE_FILE = re.compile(r"\w[\w.-]*\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+"""What makes hydra.utils.instantiate call something."""
 SIZES = ("dim_model", "dim_feedforward", "chunk_size", "latent_dim", "shape")
-"""Of a policy's configuration, with its numbers of layers."""
+"""Keys of a policy's configuration that decide how large its weights are, beside its numbers of layers."""
 SECTIONS = ("policy", "env", "dataset", "optimizer", "scheduler", "eval", "wandb", "demos", "dagger", "checkpoints")
 MAX_JSON_BYTES = 16_000_000
-"""Bytes of a JSON file; LeRobot's have thousands."""
+"""The largest JSON file that is read; LeRobot's have some kilobytes."""
 
 
 def check_safe_to_load(model: Path) -> None:
-    """Refuse a model folder that asks for anything but numbers to be loaded; what is merely missing is left to others.
+    """Refuse a model folder that asks for more than numbers to be loaded.
+
+    Files that are merely missing are not an error here: loading them names them.
 
     Raises:
-        UserError: naming the file and what it asks for.
+        UserError: a file asks for something else; the message names both.
     """
     weights = model / "model.safetensors"
     pickles = sorted(path.name for path in model.iterdir() if path.suffix in PICKLES)
@@ -59,7 +62,7 @@ def check_safe_to_load(model: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Return the object in a JSON file."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
             raise UserError("no file of a plausible size")
@@ -72,7 +75,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_sections(path: Path, content: dict[str, Any]) -> None:
-    """What is a section of a configuration elsewhere is one here."""
+    """Refuse a value where our code expects a section: it would fail later, with a message about something else."""
     sections = {key: content.get(key) or {} for key in SECTIONS}
     if path.name == METADATA_FILE:
         sections = {key: content.get(key) for key in ("config", "choices")}
@@ -84,7 +87,7 @@ def _check_sections(path: Path, content: dict[str, Any]) -> None:
 
 
 def _check_plain(path: Path, content: dict[str, Any]) -> None:
-    """Nothing that OmegaConf or Hydra would evaluate, such as ${oc.env:HF_TOKEN}."""
+    """Refuse what OmegaConf or Hydra would evaluate, such as ${oc.env:HF_TOKEN}."""
     for key, value in _items(content):
         if key in HYDRA_KEYS:
             raise UserError(f"{path} has the key {key}, which names something to run: give another checkpoint")
@@ -94,7 +97,8 @@ def _check_plain(path: Path, content: dict[str, Any]) -> None:
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth; those of a list go by the list's key."""
+    """Yield every key with its value, at any depth. The elements of a list have the key of the list."""
+    # Not recursive: a file of thousands of brackets must not exhaust the stack.
     stack = [("", content)]
     while stack:
         key, value = stack.pop()
@@ -106,18 +110,18 @@ def _items(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_sizes(path: Path, policy: dict[str, Any], weights: Path) -> None:
-    """The numbers in config.json must fit the weights beside it: they decide how much memory is taken.
-
-    A weight matrix has at least dim_model rows and as many columns as a size, a layer at least dim_model of both.
-    """
+    """Refuse sizes in config.json that the weights cannot have: they decide how much memory is allocated."""
+    # The largest end of a tensor is the number of bytes of all of them.
     try:
         stored = max((e["data_offsets"][1] for k, e in safetensors_header(weights).items() if k != "__metadata__"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # damaged, which loading it says
+        # Damaged: loading the file says so.
+        return
     width = policy.get("dim_model", 1)
     for key, value in [("dim_model", width), *_items(policy)]:
         if not isinstance(value, int) or not (key in SIZES or key.endswith("_layers")):
             continue
+        # A weight matrix has at least dim_model rows and `value` columns; a layer has at least dim_model of both.
         floats = value * width * (width if key.endswith("_layers") else 1) if isinstance(width, int) else 0
         if 4 * floats > stored:
             raise UserError(
@@ -126,11 +130,13 @@ def _check_sizes(path: Path, policy: dict[str, Any], weights: Path) -> None:
 
 
 def _check_steps(path: Path) -> None:
+    """Refuse a processor with a step that LeRobot's processors for ACT do not have, or with a file elsewhere."""
     steps = _read(path).get("steps")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise UserError(f"{path} is damaged (no list of steps): give another checkpoint")
     for step in steps:
         name = step.get("registry_name")
+        # LeRobot imports what "class" names, and that is all it takes to run any code.
         if "class" in step:
             raise UserError(
                 f"{path} names a class to import ({str(step['class'])[:60]}), which is never done: "

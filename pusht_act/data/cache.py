@@ -28,6 +28,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from pusht_act.runtime.atomic import new_dir
+
 log = logging.getLogger(__name__)
 
 FORMAT = 2
@@ -104,17 +106,20 @@ def load_or_build(repo_id: str, key: str, build: Callable[[Allocate], BuiltDatas
 
 
 def _build(folder: Path, build: Callable[[Allocate], BuiltDataset]) -> None:
-    part = folder.with_name(f"{folder.name}.part")
-    for stale in (part, folder):
-        shutil.rmtree(stale, ignore_errors=True)
-    part.mkdir()
+    # A damaged one goes first: the disk may have no room for two.
+    shutil.rmtree(folder, ignore_errors=True)
+    with new_dir(folder) as part:
+        _write(part, build)
+
+
+def _write(part: Path, build: Callable[[Allocate], BuiltDataset]) -> None:
     arrays: dict[str, np.memmap] = {}
 
     def allocate(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
         needed, free = math.prod(shape) * np.dtype(dtype).itemsize, shutil.disk_usage(part).free
         if needed > free:
             raise OSError(
-                f"{folder.parent} has {free / 1e6:.0f} MB free, {name} of the decoded data set needs "
+                f"{part.parent} has {free / 1e6:.0f} MB free, {name} of the decoded data set needs "
                 f"{needed / 1e6:.0f} MB: free some or set PUSHT_ACT_CACHE to a folder on another disk"
             )
         arrays[name] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
@@ -122,11 +127,7 @@ def _build(folder: Path, build: Callable[[Allocate], BuiltDataset]) -> None:
         )
         return arrays[name]
 
-    try:
-        contents = build(allocate)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    contents = build(allocate)
     for array in arrays.values():
         array.flush()
     record = {
@@ -139,7 +140,6 @@ def _build(folder: Path, build: Callable[[Allocate], BuiltDataset]) -> None:
     }
     meta = json.dumps(record)
     (part / "meta.json").write_text(f"{zlib.crc32(meta.encode())}\n{meta}")
-    part.rename(folder)
 
 
 def _find_corruption(folder: Path) -> str | None:

@@ -8,7 +8,6 @@ Workers import neither torch nor lerobot.
 
 import hashlib
 import logging
-import os
 import struct
 import zipfile
 from collections import deque
@@ -27,6 +26,7 @@ from pusht_act.demos.expert import Demonstration, demonstrate
 from pusht_act.demos.initial_states import describe_start
 from pusht_act.demos.planner import PlannerOptions
 from pusht_act.envs.pusht import Start
+from pusht_act.runtime.atomic import shared_file
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.process_pool import RETRY_HINT, result, worker_processes
 from pusht_act.runtime.signals import submit_uninterrupted
@@ -154,10 +154,8 @@ def _load_or_plan(folder: Path, options: PlannerOptions, start: Start) -> Demons
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("%s is damaged (%s): planning %s again", path, error, describe_start(start))
     made = demonstrate(start, options)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as file:
+    with shared_file(path) as part, part.open("wb") as file:
         np.savez(file, action=made.action, executed=made.executed, coverage=made.coverage, success=made.success)
-    part.replace(path)
     return made
 
 

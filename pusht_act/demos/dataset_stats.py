@@ -1,11 +1,11 @@
 """What demonstrations are like: how many starts were solved, how long, how far, how smooth; people's beside them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from pusht_act.demos.expert import Demonstration
+from pusht_act.runtime.markdown import format_table
 
 HUMAN: dict[str, float] = {
     "n_episodes": 206,
@@ -55,13 +55,11 @@ def dataset_stats(tried: Sequence[Demonstration]) -> dict[str, float]:
 
 def format_stats(figures: dict[str, float]) -> list[str]:
     """A Markdown table of `figures`, people's beside them, line by line."""
-    rows: list[tuple[Any, ...]] = [("", "these", "people"), ("---", "---", "---")]
-    for key, (name, form) in ROWS.items():
-        rows.append((name, form % figures[key], form % HUMAN[key] if key in HUMAN else ""))
-    return [
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, (34, 12, 12), strict=True)) + " |"
-        for row in rows
+    header = ("", "these", "people")
+    rows = [
+        (name, form % figures[key], form % HUMAN[key] if key in HUMAN else "") for key, (name, form) in ROWS.items()
     ]
+    return format_table(header, rows, text=header)
 
 
 def _mean_norm(differences: list[np.ndarray]) -> float:

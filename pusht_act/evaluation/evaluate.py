@@ -5,7 +5,6 @@ Training and mode=eval call the same `evaluate`, so the same checkpoint and seed
 
 import csv
 import json
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pusht_act.envs.vector_env import VectorEnv
 from pusht_act.evaluation.rollout import Rollout, env_spec, rollout
 from pusht_act.evaluation.stats import wilson_interval
 from pusht_act.policy.act import Processors
+from pusht_act.runtime.atomic import new_dir
 from pusht_act.runtime.signals import submit_uninterrupted, wait_interruptible
 
 
@@ -85,18 +85,10 @@ def evaluate(
     """
     if directory is None:
         return _evaluated(policy, processors, envs, env, config, [], description)
-    part = directory.with_name(f".{directory.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with new_dir(directory) as part:
         recordings = _recordings(part, min(config.n_videos, config.n_episodes), env.fps)
         evaluation = _evaluated(policy, processors, envs, env, config, recordings, description)
         _write(evaluation, part)
-        shutil.rmtree(directory, ignore_errors=True)
-        part.rename(directory)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     written = _recordings(directory, len(recordings), env.fps)
     return replace(
         evaluation, video_paths=[each.video for each in written], film_strip=written[0].film_strip if written else None

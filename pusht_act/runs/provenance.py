@@ -1,4 +1,4 @@
-"""What a run was made by: configuration, command, commit, versions, host; and its log file."""
+"""Record what made a run: configuration, command, commit, versions, host; and its log file."""
 
 import json
 import logging
@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pusht_act.runs.run_dir import CONFIG_PART, RunDir
+from pusht_act.runs.run_dir import CONFIG_FILE, RunDir
+from pusht_act.runtime.atomic import write_text
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,16 @@ PACKAGES = ("pusht-act", "lerobot", "torch", "torchvision", "gym-pusht", "pymunk
 
 
 def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) -> None:
-    """config.yaml, the composed configuration, and one more line in runs.jsonl: command, commit, versions, host."""
+    """Write config.yaml and append this start to runs.jsonl: command, commit, versions, host.
+
+    Args:
+        run: The run directory, which is made if need be.
+        config: The composed configuration.
+        overrides: The command line's.
+
+    Raises:
+        OSError: the directory cannot be made or written to.
+    """
     from omegaconf import OmegaConf
 
     try:
@@ -39,10 +49,9 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    part = run.path / CONFIG_PART
     try:
-        part.write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
-        part.replace(run.path / "config.yaml")
+        # The first file of a run: until it is there, nothing in the directory counts as use (run_dir.py).
+        write_text(run.path / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config)))
         with (run.path / "runs.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
@@ -53,10 +62,11 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
 
 @contextmanager
 def log_file(run: RunDir) -> Iterator[None]:
-    """What the console shows goes to train.log too."""
+    """Copy what the console shows to train.log for the duration of the block."""
     handler = logging.FileHandler(run.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("pusht_act").setLevel(logging.INFO)  # from Python nobody has configured logging
+    # Called from Python, nobody has configured logging.
+    logging.getLogger("pusht_act").setLevel(logging.INFO)
     logging.getLogger().addHandler(handler)
     log.info("run directory: %s", run.path)
     try:
@@ -67,12 +77,12 @@ def log_file(run: RunDir) -> Iterator[None]:
 
 
 def command_line(overrides: list[str]) -> str:
-    """The command that composed the job."""
+    """Return the command that composed the job, quoted for a shell."""
     return shlex.join(["pusht-act", *overrides])
 
 
 def package_versions() -> dict[str, str]:
-    """The versions a result depends on."""
+    """Return the versions that a result depends on, by package."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -83,11 +93,11 @@ def package_versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the source, "+changes" when the tree verify_manifest from it; None when no repository holds it."""
+    """Return the commit of the source, with "+changes" if the tree differs from it; None outside of a repository."""
     source = Path(__file__).parent
     git = ["git", "-C", str(source)]
     try:
-        # An installed package may lie within somebody else's repository.
+        # An installed package may lie within somebody else's repository, which does not track this file.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)

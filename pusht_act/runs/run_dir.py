@@ -1,6 +1,6 @@
-"""The paths within a run directory, and whether a run may use it: fresh, resumed or refused.
+"""The paths within a run directory, and whether a new run may use that directory.
 
-Imports neither torch nor lerobot, so that a refusal answers at once.
+Imports neither torch nor lerobot, so that a refusal is immediate.
 """
 
 import itertools
@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
+from pusht_act.runtime.atomic import part_path
 from pusht_act.runtime.lock import is_lock
 
 log = logging.getLogger(__name__)
 
-
-CONFIG_PART = ".config.yaml.part"
-"""config.yaml being written: the first file of a run."""
+CONFIG_FILE = "config.yaml"
+"""The composed configuration of the last start: the first file that a run writes."""
 
 
 @dataclass(frozen=True)
@@ -29,47 +29,55 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """One folder a step, and the links last and best."""
+        """The folder of checkpoints: one folder for each step, and the links last and best."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """The metrics, one JSON object a line (loggers.py)."""
         return self.path / "metrics.jsonl"
 
     @property
     def log(self) -> Path:
-        """What the console showed."""
+        """A copy of what the console showed."""
         return self.path / "train.log"
 
     def has_checkpoints(self) -> bool:
-        """Whether a checkpoint was ever saved here, sound or not."""
+        """Return whether a checkpoint was ever saved here, valid or not."""
         steps = (path.name.isdigit() for path in self.checkpoints.glob("*"))
         return (self.checkpoints / "last").is_symlink() or any(steps)
 
     def metrics_of(self, step: int) -> dict[str, float]:
-        """What metrics.jsonl has of `step`, without the groups' names and but the validation loss."""
+        """Return the metrics of `step` in metrics.jsonl, without the names of their groups.
+
+        The validation loss is left out: eval/loss would take the place of train/loss.
+        """
         lines = map(json.loads, self.metrics.read_text().splitlines())
         values = {key: value for line in lines if line["step"] == step for key, value in line.items()}
         return {key.partition("/")[2]: value for key, value in values.items() if key not in ("step", "eval/loss")}
 
     def configuration(self) -> dict[str, Any]:
-        """config.yaml as the last start wrote it; empty when there is none that can be read."""
+        """Return config.yaml as the last start wrote it; empty if there is none that can be read."""
         try:
-            content = yaml.safe_load((self.path / "config.yaml").read_text())
+            content = yaml.safe_load((self.path / CONFIG_FILE).read_text())
         except (OSError, ValueError, yaml.YAMLError):
             return {}
         return content if isinstance(content, dict) else {}
 
     def evaluation(self, step: int, start_seed: int, n_episodes: int) -> Path:
-        """One folder a (checkpoint, seeds): evaluating again writes the same numbers to the same place."""
+        """Return the folder of an evaluation. The same checkpoint and seeds always have the same one."""
         return self.path / "eval" / f"step-{step:06d}_seeds-{start_seed}-{start_seed + n_episodes - 1}"
 
 
 def ensure_unused(
     path: Path, overwrite: bool, remedy: str = "continue it with mode=resume, give another job_name= or output_dir="
 ) -> None:
-    """Before a new run: its directory must be empty or absent, unless it may be moved aside.
+    """Refuse a directory for a new run unless it is empty or absent, or may be moved aside.
+
+    Args:
+        path: The directory, named output_dir= in the message.
+        overwrite: Whether what is there may be moved aside.
+        remedy: What to do instead, for the message.
 
     Raises:
         FileExistsError: it is in use.
@@ -81,7 +89,7 @@ def ensure_unused(
 
 
 def move_aside(path: Path) -> Path | None:
-    """Rename a run directory in use to path.old-N, which is returned; nothing is ever deleted."""
+    """Rename a run directory in use to PATH.old-N and return that; nothing is ever deleted."""
     if not _in_use(path):
         return None
     names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
@@ -89,7 +97,9 @@ def move_aside(path: Path) -> Path | None:
 
 
 def _in_use(path: Path) -> bool:
-    """A job that was killed before it wrote its configuration has left nothing that would be."""
-    return path.exists() and (
-        not path.is_dir() or any(not is_lock(each) and each.name != CONFIG_PART for each in path.iterdir())
-    )
+    """Return whether there is anything at `path` that somebody may want to keep."""
+    if not path.is_dir():
+        return path.exists()
+    # A lock and a half-written configuration are what is left of a job that was killed before it began.
+    unfinished = part_path(path / CONFIG_FILE)
+    return any(not is_lock(entry) and entry != unfinished for entry in path.iterdir())

@@ -1,8 +1,8 @@
-"""The error that is the user's to mend, and so is shown as one line without a traceback."""
+"""The error for mistakes of the user, shown as one line without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message says what is wrong, where, the value given and what to do.
+    """A mistake of the user. Its message is one line: what is wrong, where, the value given, what to do.
 
-    Every other `ValueError` is a bug of ours, and keeps its traceback.
+    Any other `ValueError` is a bug in this project, and keeps its traceback.
     """

@@ -1,6 +1,6 @@
-"""Work shared out among processes that end with the block they are made in, and with this process.
+"""Process pools whose workers end with the block that creates them, and with this process.
 
-They import neither torch nor lerobot.
+Imports neither torch nor lerobot, and neither do the workers.
 """
 
 import multiprocessing
@@ -16,30 +16,35 @@ from pusht_act.runtime.signals import block_signals, submit_uninterrupted, wait_
 
 RETRY_HINT = "give the same command again, if it happens again with a smaller"
 PREFETCH_ITEMS = 2
-"""Items that are begun before the caller wants them, for each process: pictures of thousands would fill the memory."""
+"""How many items for each worker are submitted ahead of the caller: the images of thousands would fill the memory."""
 
 
 @contextmanager
 def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
-    """A pool whose processes end with this block, at once where that is left by an exception, and with this process.
+    """Yield a pool of `count` processes, which end with the block. If the block raises, they are killed.
 
-    Give it work by `submit_uninterrupted`, and take that by `result`, so that a signal leaves no lock behind.
+    Submit work with `submit_uninterrupted` and wait for it with `result`, so that a signal leaves no lock behind.
+
+    Args:
+        count: The number of workers.
+        remedy: What is kept if one is killed and what to do then, for the message.
 
     Raises:
-        OSError: one of them was killed; `remedy` says what is kept and what to do.
+        OSError: a worker was killed.
     """
-    # spawn, since the caller may hold threads or a GPU, which do not survive a fork
+    # spawn: the caller may have threads or use a GPU, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool: ProcessPoolExecutor | None = None
     try:
-        with block_signals():  # a signal amid this would leave half a process behind
+        # A signal in the middle of this would leave a half-started process behind. The first submission starts the
+        # pool's thread and its first worker; `submit_uninterrupted` blocks signals for the others.
+        with block_signals():
             pool = ProcessPoolExecutor(count, context, _tie_to_parent)
-            pool.submit(int)  # the first call begins all of them
+            pool.submit(int)
         yield pool
     except BaseException as error:
-        processes = pool._processes if pool is not None else None
-        for process in list((processes or {}).values()):  # what they are at would be waited for
-            process.kill()
+        if pool is not None:
+            _kill_workers(pool)
         if isinstance(error, BrokenProcessPool):
             raise OSError(f"a worker process was killed, perhaps for want of memory: {remedy}") from error
         raise
@@ -48,18 +53,31 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(cancel_futures=True)
 
 
-def result[T](coming: Future[T]) -> T:
-    """What it came to.
+def _kill_workers(pool: ProcessPoolExecutor) -> None:
+    """Kill the workers of a pool, whose shutdown would wait until they have finished what they are doing."""
+    # A private name of Python 3.12. From 3.14 on there is a public `ProcessPoolExecutor.kill_workers`.
+    for process in list((pool._processes or {}).values()):
+        process.kill()
+
+
+def result[T](future: Future[T]) -> T:
+    """Wait for a future and return its result.
 
     Raises:
-        StopSignal: there was a signal.
+        StopSignal: the process got a signal meanwhile.
     """
-    wait_interruptible(coming)
-    return coming.result()
+    wait_interruptible(future)
+    return future.result()
 
 
 def imap[T, U](work: Callable[[T], U], items: Iterable[T], workers: int, remedy: str) -> Generator[U]:
-    """`work` of each item, in this process or by `workers` others; close it to end them.
+    """Yield `work` of each item, in order. Close the generator to end the workers.
+
+    Args:
+        work: A function that can be pickled.
+        items: Consumed only a little ahead of what is yielded.
+        workers: How many processes; 1: work in this one.
+        remedy: As for `worker_processes`.
 
     Raises:
         OSError: as `worker_processes`.
@@ -68,22 +86,23 @@ def imap[T, U](work: Callable[[T], U], items: Iterable[T], workers: int, remedy:
         yield from map(work, items)
         return
     with worker_processes(workers, remedy) as pool:
-        coming: deque[Future[U]] = deque()
+        pending: deque[Future[U]] = deque()
         for item in items:
-            coming.append(submit_uninterrupted(pool, work, item))
-            if len(coming) > PREFETCH_ITEMS * workers:
-                yield result(coming.popleft())
-        while coming:
-            yield result(coming.popleft())
+            pending.append(submit_uninterrupted(pool, work, item))
+            if len(pending) > PREFETCH_ITEMS * workers:
+                yield result(pending.popleft())
+        while pending:
+            yield result(pending.popleft())
 
 
 def _tie_to_parent() -> None:
-    """A worker whose parent was killed must not wait for work for ever."""
+    """Start a thread in a worker that ends it with its parent."""
+    # A worker whose parent was killed would wait for work for ever.
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=leave, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()

@@ -1,8 +1,8 @@
-"""The random streams of a run, each a named function of its seed.
+"""The random streams of a run, each derived from its seed.
 
-Data order is a pure function of (seed, epoch) in data.py; evaluation resets its environments with seeds of its own
-(eval.start_seed + episode). What is left draws from PyTorch's global generator: initialisation first, then dropout and
-the VAE's noise, step after step, each from the start that this module gives it. Several processes initialise alike.
+The order of the data is a pure function of (seed, epoch), see `data`. Evaluation resets environments with seeds of its
+own (eval.start_seed + episode). Everything else draws from PyTorch's global generator: first the initial weights, then
+dropout and the VAE's noise, step by step. The functions below seed it before each of the two.
 """
 
 import random
@@ -12,20 +12,24 @@ import torch
 
 
 def seed_initialisation(seed: int) -> None:
-    """Before the policy is made: what stock lerobot-train's `set_seed` does, so that fresh weights equal stock's."""
+    """Seed the global generators before the policy is built, the same on every rank."""
+    # As LeRobot's `set_seed` does, so that initial weights equal those of stock lerobot-train.
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def seed_training_noise(seed: int, process: int = 0) -> None:
-    """After the policy is made: dropout and VAE noise do not depend on how many numbers initialisation drew.
+    """Seed dropout and the VAE's noise after the policy is built, so that they do not depend on how it was built.
 
-    Of several processes each has its own, as their samples are different ones.
+    Args:
+        seed: The run's seed.
+        process: The rank. Each has noise of its own, since its samples are different ones.
     """
+    # Rank 0's stream has no number in its name, so that it is that of a run with a single process.
     torch.manual_seed(_derived(seed, f"training noise of process {process}" if process else "training noise"))
 
 
 def _derived(seed: int, stream: str) -> int:
-    """A seed for `stream` that no other stream or small seed shares."""
+    """Return a seed for `stream`, different from that of any other stream and from small numbers."""
     return int(np.random.SeedSequence([seed, *stream.encode()]).generate_state(1, dtype=np.uint64)[0])

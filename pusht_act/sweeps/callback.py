@@ -1,51 +1,75 @@
-"""Hydra's callback that writes down what a sweep is before its first job."""
+"""Hydra's callback for sweeps: it records what a sweep is before the first job of it starts."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from pusht_act.sweeps.hydra_internals import expand_grid, is_basic_sweeper
 from pusht_act.sweeps.joblib_workers import init_worker, partition_resources
 from pusht_act.sweeps.slurm import sbatch_script
-
-if TYPE_CHECKING:
-    pass
 from pusht_act.sweeps.state import IDENTITY, recorded_overrides, write_json
 
 
-class SweepCallback(Callback):  # type: ignore[misc]
-    """Hydra's callback that writes down what a sweep is before its first job; conf/config.yaml names it."""
+@dataclass
+class LaunchedSweep:
+    """The sweep that this process launches; both None before it starts, and in a command that is no sweep."""
 
     directory: Path | None = None
-    """Of this process's sweep."""
     hydra_node: DictConfig | None = None
     """Its Hydra configuration."""
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
+
+# Hydra creates the callback by its name in conf/config.yaml and hands out neither the object nor a return value. What
+# it learns has to go through a variable of the process; a ContextVar at least ends with the block that asks for it.
+_launched: ContextVar[LaunchedSweep | None] = ContextVar("launched_sweep", default=None)
+
+
+@contextmanager
+def observe_launch() -> Iterator[LaunchedSweep]:
+    """Yield an object that tells which sweep, if any, was launched within the block."""
+    launched = LaunchedSweep()
+    token = _launched.set(launched)
+    try:
+        yield launched
+    finally:
+        _launched.reset(token)
+
+
+class SweepCallback(Callback):  # type: ignore[misc]
+    """Writes sweep.json before the first job, and prepares each worker; conf/config.yaml names this class."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Record the sweep; Hydra calls this in the process of the command, before it launches jobs."""
         task, hydras = (_unresolved(each) for each in (config.hydra.overrides.task, config.hydra.overrides.hydra))
         grid = _grid(config, task)
         if config.cluster.dry_run:
             _show_script(config.hydra, max(len(grid), 1))
-        SweepCallback.directory = directory = Path(config.hydra.sweep.dir)
-        SweepCallback.hydra_node = config.hydra
+        directory = Path(config.hydra.sweep.dir)
+        if (launched := _launched.get()) is not None:
+            launched.directory, launched.hydra_node = directory, config.hydra
         content = {"overrides": recorded_overrides([*task, *hydras]), "jobs": grid}
         if direction := OmegaConf.select(config, "hydra.sweeper.direction"):
             content["direction"] = direction.value
+        # A sweep that is resumed keeps what was recorded when it started.
         if not (directory / IDENTITY).exists():
             write_json(directory / IDENTITY, content)
         partition_resources(config.hydra.launcher, len(grid))
 
-    def on_job_start(self, config: DictConfig, **_: Any) -> None:  # noqa: D102
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Prepare the process of a job; Hydra calls this in it before each of its jobs."""
         init_worker(config.hydra.job)
 
 
 def _show_script(hydra_node: DictConfig, n_jobs: int) -> NoReturn:
-    """Leave, whatever happens: what a callback raises Hydra makes a warning of, and would submit the jobs."""
+    """Print the script for SLURM and exit."""
+    # Exit whatever happens: Hydra makes a warning of what a callback raises, and would go on to submit the jobs.
     try:
         print(sbatch_script(hydra_node, n_jobs))
     except Exception as error:
@@ -54,20 +78,15 @@ def _show_script(hydra_node: DictConfig, n_jobs: int) -> NoReturn:
 
 
 def _unresolved(overrides: ListConfig) -> list[str]:
-    """Not as OmegaConf reads them out, with the values of their `${...}` in place."""
-    given: list[str] = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
-    return given
+    """Return overrides as they were typed: iterating over them would replace `${...}` by values."""
+    typed: list[str] = OmegaConf.to_container(overrides, resolve=False)  # type: ignore[assignment]
+    return typed
 
 
 def _grid(config: DictConfig, overrides: list[str]) -> list[list[str]]:
-    """The overrides of each job in Hydra's own order; where a sweeper chooses them as it goes none of each."""
+    """Return the overrides of each job; where a sweeper chooses them as it goes, an empty list for each."""
     sweeper = config.hydra.sweeper
-    if not sweeper._target_.endswith(".BasicSweeper"):
+    if not is_basic_sweeper(sweeper._target_):
         return [[]] * max(sweeper.get("n_trials", 0), 0)
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    try:
-        parsed = OverridesParser.create().parse_overrides([*params, *overrides])
-        batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, None)
-    except HydraException:  # the sweeper will raise it too
-        return []
-    return batches[0]
+    return expand_grid([*params, *overrides])

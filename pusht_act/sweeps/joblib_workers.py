@@ -1,10 +1,10 @@
-"""Jobs of a sweep side by side on this machine, hydra/launcher=joblib: cores and GPUs divided, signals passed on.
+"""Parallel jobs of a sweep on this machine, hydra/launcher=joblib: cores and GPUs are divided, signals forwarded.
 
-    pusht-act -m ...     the launcher: counts the places, and passes a signal on
-      worker             n_jobs processes of joblib's, each with a share of the cores and one GPU, doing job after job
-      worker             told to stop it saves, leaves its job and begins no other; with its launcher gone it ends, too
+    pusht-act -m ...     the launcher: decides how many jobs run at once, and forwards signals
+      worker             n_jobs processes of joblib's, each with a share of the cores and one GPU, run job after job;
+      worker             at a signal they save, leave their job and start no other; without their launcher they exit
 
-Imports neither torch nor lerobot, so that a worker knows its share before torch does.
+Imports neither torch nor lerobot: torch reads OMP_NUM_THREADS and CUDA_VISIBLE_DEVICES when it is imported.
 """
 
 import itertools
@@ -31,9 +31,15 @@ THREADS = "OMP_NUM_THREADS"
 
 
 def partition_resources(launcher: DictConfig, jobs: int) -> None:
-    """In the launcher, before its workers begin: how many of the `jobs` at once (0: their number is not known)."""
+    """Divide the machine among the workers of joblib's launcher, before it starts them.
+
+    Args:
+        launcher: Hydra's node of the launcher. Its n_jobs becomes the number of jobs at once.
+        jobs: How many jobs there are; 0 if that is not known.
+    """
     if not launcher._target_.endswith(".JoblibLauncher") or launcher.n_jobs == 0:
         return
+    # One job a GPU or, without GPUs, a core. A negative n_jobs counts from there, as joblib's does.
     slots = len(_gpus()) or cores()
     at_once = launcher.n_jobs if launcher.n_jobs > 0 else max(1, slots + 1 + launcher.n_jobs)
     at_once = min(at_once, jobs or at_once)
@@ -46,39 +52,43 @@ def partition_resources(launcher: DictConfig, jobs: int) -> None:
 
 
 class _Worker:
-    """What a worker of joblib's is for itself: its place, and whether it was told to stop."""
+    """The state of this process as a worker of joblib's: its slot, and whether it is stopping."""
 
     def __init__(self) -> None:
-        self.leaving = False
+        self.stopping = False
         self._launcher = os.getppid()
-        self._place = socket.socket(socket.AF_UNIX)
+        self._slot = socket.socket(socket.AF_UNIX)
         if len(gpus := _gpus()) > 1:
-            os.environ[GPUS] = gpus[self._take_place() % len(gpus)]
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the launcher passes it on
+            os.environ[GPUS] = gpus[self._take_slot() % len(gpus)]
+        # A terminal sends SIGINT to all its processes, and the launcher forwards it to this one.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number in set(STOPPING) - {signal.SIGINT}:
             signal.signal(number, self._handle)
-        sys.stderr.isatty = lambda: False  # type: ignore[method-assign]  # bars of several would be drawn over each other
+        # The progress bars of several workers would be drawn over each other. tqdm has no switch for the bars of a
+        # process that pass disable=None, so that they see a terminal or none: this process has none.
+        sys.stderr.isatty = lambda: False  # type: ignore[method-assign]
         threading.Thread(target=self._watch, name="launcher", daemon=True).start()
 
-    def _take_place(self) -> int:
-        """The lowest number that no other worker of this launcher has; it is free again when this process has ended.
-
-        A worker's own number is none: joblib replaces those that have grown too large.
-        """
+    def _take_slot(self) -> int:
+        """Return the lowest number that no other worker of this launcher has, and hold it until this process ends."""
+        # joblib replaces workers that have grown too large, so counting them would not do. A name in Linux's abstract
+        # namespace of sockets is free again as soon as its process is gone, however that ends.
         for number in itertools.count():
             try:
-                self._place.bind(f"\0pusht-act/{self._launcher}/{number}")  # a name of the kernel's, no file
+                self._slot.bind(f"\0pusht-act/{self._launcher}/{number}")
             except OSError:
                 continue
             return number
         raise AssertionError
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        """Handle a signal between jobs; within a job, its own handler does."""
         if os.getppid() != self._launcher:
             os._exit(128 + number)
-        self.leaving = True
+        self.stopping = True
 
     def _watch(self) -> None:
+        """Wait until the launcher is gone, then stop as at a signal."""
         main = threading.main_thread().ident
         assert main is not None
         while os.getppid() == self._launcher:
@@ -90,8 +100,13 @@ _worker: _Worker | None = None
 
 
 def init_worker(job: DictConfig) -> None:
-    """In a worker, before each `job` of its own (Hydra's node of that name); in any other process nothing happens."""
-    global _worker  # noqa: PLW0603  (there is one, as there is one process)
+    """Prepare a worker for its next job; in any other process do nothing.
+
+    Args:
+        job: Hydra's node of the job.
+    """
+    # Global, as signal handlers and the environment are: there is one worker in a process.
+    global _worker  # noqa: PLW0603
     if multiprocessing.parent_process() is None or JOBS not in os.environ:
         return
     _worker = _worker or _Worker()
@@ -103,12 +118,12 @@ def init_worker(job: DictConfig) -> None:
 
 
 def stopping() -> bool:
-    """Whether this is a worker that was told to stop."""
-    return _worker is not None and _worker.leaving
+    """Return whether this process is a worker that got a signal to stop."""
+    return _worker is not None and _worker.stopping
 
 
 def _gpus() -> list[str]:
-    """Those that CUDA may use, as CUDA_VISIBLE_DEVICES has them."""
+    """Return the GPUs that CUDA may use, as CUDA_VISIBLE_DEVICES names them."""
     if (named := os.environ.get(GPUS)) is not None:
         return [each for each in named.split(",") if each]
     try:

@@ -1,12 +1,14 @@
-"""A sweep whose values Optuna chooses, and whose bad trials it ends early: `hydra/sweeper=optuna`.
+"""A sweep whose values Optuna chooses and whose bad trials it prunes: `hydra/sweeper=optuna`.
 
-    batch by batch (n_jobs): the values of its trials -> the study -> the launcher -> jobs/N.json -> the study
+    for each batch of n_jobs trials: their values -> the study -> the launcher -> jobs/N.json -> the study
 
-<hydra.sweep.dir>/optuna.db is the study, which a job is told of its evaluations too (pruning.py). Trial N is job N, in
-folder N. jobs/N.json says what a job came to (sweep.py); the study is told when its batch has ended and it is done or
-pruned, so that one that failed or was interrupted stays open there and can be gone on with. A sweep that was killed
-comes to the same: a trial's values are in the study all at once or not at all, and follow from the sampler's seed, its
-number and the trials told before its batch.
+The study is <hydra.sweep.dir>/optuna.db; jobs report their evaluations to it, too (pruning.py). Trial N is job N, in
+folder N, and jobs/N.json has its result (run_job.py). A trial is finished in the study when its batch has ended and the
+job is done or pruned. One that failed or was interrupted stays open there and can be resumed.
+
+A sweep that is killed and resumed has the same results as one that is not. The values of a trial are in the study
+completely or not at all, and depend only on the sampler's seed, the number of the trial, and the trials that were
+finished before its batch.
 
 Imports neither torch nor lerobot, and Optuna only where a study is opened.
 """
@@ -25,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from pusht_act.config.schema import OptunaConfig
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import locked
-from pusht_act.sweeps.pruning import STORAGE, STUDY, reason
+from pusht_act.sweeps.pruning import STORAGE, STUDY, root_cause
 from pusht_act.sweeps.state import FINISHED, Job, load_job
 
 if TYPE_CHECKING:
@@ -37,11 +39,15 @@ log = logging.getLogger(__name__)
 
 
 def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
-    """All trials of the overrides `arguments` and hydra.sweeper.params that are not finished.
+    """Run all trials that are not finished.
+
+    Args:
+        sweeper: Hydra's, which has the configuration and the launcher.
+        arguments: The overrides of the command line; hydra.sweeper.params come before them.
 
     Raises:
-        UserError: an option is impossible, there is nothing to choose or a trial was not evaluated.
-        FileExistsError: another process is at this sweep.
+        UserError: an option is invalid, there is nothing to choose, or a trial was not evaluated.
+        FileExistsError: another process is running this sweep.
     """
     config: DictConfig = sweeper.config
     options: OptunaConfig = OmegaConf.to_object(config.hydra.sweeper)  # type: ignore[assignment]
@@ -53,26 +59,30 @@ def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
     with locked(directory, "hydra.sweep.dir"):
         OmegaConf.save(config, directory / "multirun.yaml")
         study = _study(directory, options)
-        # A sweep that was given more trials once may be gone on with by a command that does not say so.
+        # A sweep that was given more trials on a former resume keeps them.
         total = max(options.n_trials, len(study.trials))
         for first in range(0, total, options.n_jobs):
             numbers = range(first, min(first + options.n_jobs, total))
             overrides = [[*fixed, *_suggest(study, number, space, options)] for number in numbers]
             undone = [number for number in numbers if _wait_until_idle(directory, number).state not in FINISHED]
             if undone:
-                part = overrides[undone[0] - first : undone[-1] - first + 1]  # finished ones among them are left alone
+                # The launcher numbers jobs without gaps. Finished ones in between are left alone (run_job.py).
+                part = overrides[undone[0] - first : undone[-1] - first + 1]
                 sweeper.validate_batch_is_legal(part)
                 for result in sweeper.launcher.launch(part, initial_job_idx=undone[0]):
-                    _ = result.return_value  # raises what a job raised
+                    # Raises what the job raised.
+                    _ = result.return_value
             for number in numbers:
                 _report(study, load_job(directory, number, []))
 
 
 def search_space(overrides: Sequence[Override]) -> tuple[dict[str, "BaseDistribution"], list[str]]:
-    """What there is to choose, by key, and the overrides of all trials; for a key given twice the later one counts.
+    """Return the distribution of each key that Optuna chooses, and the overrides that all trials share.
+
+    For a key that is given twice, the later override counts.
 
     Raises:
-        UserError: there is nothing to choose, or an override is impossible.
+        UserError: there is nothing to choose, or an override is invalid.
     """
     space: dict[str, BaseDistribution] = {}
     fixed: dict[str, str] = {}
@@ -93,7 +103,10 @@ def search_space(overrides: Sequence[Override]) -> tuple[dict[str, "BaseDistribu
 
 
 def _distribution(override: Override) -> "BaseDistribution":
-    """Of Optuna's, what an override allows; unlike the published plugin a range ends before its end, as Hydra's do."""
+    """Return the distribution that an override describes.
+
+    Unlike in the published Optuna plugin, the end of a range is excluded, as elsewhere in Hydra.
+    """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value = override.value()
@@ -105,9 +118,10 @@ def _distribution(override: Override) -> "BaseDistribution":
             whole = isinstance(value.start, int) and isinstance(value.end, int)
             return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log="log" in tags)
         if override.is_range_sweep():
-            values = [round(each, 12) for each in value.range()]  # 0.1 + 0.2 is 0.3
+            # Rounded, since 0.1 + 0.2 should be 0.3.
+            values = [round(number, 12) for number in value.range()]
             if not values:
-                raise UserError("there is nothing in it")
+                raise UserError("the range is empty")
             whole = isinstance(values[0], int)
             kind = IntDistribution if whole else FloatDistribution
             return kind(min(values), max(values), step=abs(value.step))
@@ -117,6 +131,7 @@ def _distribution(override: Override) -> "BaseDistribution":
 
 
 def _check(options: OptunaConfig) -> None:
+    """Refuse options that Optuna would refuse later, or take for something else."""
     least = {
         "n_trials": (options.n_trials, 1),
         "n_jobs": (options.n_jobs, 1),
@@ -131,7 +146,7 @@ def _check(options: OptunaConfig) -> None:
 
 
 def _study(directory: Path, options: OptunaConfig) -> "Study":
-    """The sweep's, which is made if need be.
+    """Return the study of a sweep, creating it if need be.
 
     Raises:
         UserError: it cannot be read.
@@ -146,12 +161,13 @@ def _study(directory: Path, options: OptunaConfig) -> "Study":
             direction=options.direction.value,
             load_if_exists=True,
         )
-    except Exception as error:  # SQLAlchemy's and Optuna's, of many kinds
-        raise UserError(f"{directory / STORAGE} cannot be read ({reason(error)}): begin another sweep") from error
+    except Exception as error:
+        # SQLAlchemy and Optuna raise many kinds, without a common base.
+        raise UserError(f"{directory / STORAGE} cannot be read ({root_cause(error)}): start another sweep") from error
 
 
 def _suggest(study: "Study", number: int, space: dict[str, "BaseDistribution"], options: OptunaConfig) -> list[str]:
-    """The overrides that trial `number` is made of: as they were chosen before, or chosen now and kept."""
+    """Return the chosen overrides of trial `number`: those in the study, or new ones that are added to it."""
     import numpy as np
     from optuna import create_study
     from optuna.samplers import TPESampler
@@ -162,9 +178,10 @@ def _suggest(study: "Study", number: int, space: dict[str, "BaseDistribution"], 
         params = trials[number].params
     else:
         assert number == len(trials)
+        # A sampler of its own for each trial, so that a resumed sweep need not replay the former ones' random numbers.
         seed = int(np.random.SeedSequence([options.sampler.seed, number]).generate_state(1)[0])
         sampler = TPESampler(seed=seed, n_startup_trials=options.sampler.n_startup_trials)
-        # Asked beside the study: there a trial killed while it is asked for would stay half chosen.
+        # Asked of a copy in memory: a process killed while it asks would leave a trial with some values in the study.
         scratch = create_study(sampler=sampler, direction=options.direction.value)
         scratch.add_trials(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
         params = scratch.ask(space).params
@@ -173,12 +190,10 @@ def _suggest(study: "Study", number: int, space: dict[str, "BaseDistribution"], 
 
 
 def _wait_until_idle(directory: Path, number: int) -> Job:
-    """What is known of a job once no process of a launcher that was killed is at it any more."""
+    """Return a job, after waiting for a process that a former launcher, since killed, has left running."""
     found = load_job(directory, number, [])
     if found.state == "running":
-        log.warning(
-            "job %d is under way: waiting for process %s on %s", number, *map(found.holder.get, ("pid", "host"))
-        )
+        log.warning("job %d is running: waiting for process %s on %s", number, *map(found.holder.get, ("pid", "host")))
     while found.state == "running":
         time.sleep(1)
         found = load_job(directory, number, [])
@@ -186,7 +201,7 @@ def _wait_until_idle(directory: Path, number: int) -> Job:
 
 
 def _report(study: "Study", found: Job) -> None:
-    """Tell the study what a job has come to, once."""
+    """Finish the trial of a job in the study, unless it is finished or the job is not."""
     from optuna.trial import TrialState
 
     if found.state not in FINISHED or study.get_trials(deepcopy=False)[found.number].state.is_finished():

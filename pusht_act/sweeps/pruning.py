@@ -1,7 +1,7 @@
-"""Whether a trial of `hydra/sweeper=optuna` is worth going on with: its job tells the study each evaluation, and asks.
+"""Pruning with `hydra/sweeper=optuna`: a job reports each evaluation to the study, and asks whether to stop early.
 
-The job finds the study by the sweep's directory, so it may be another process than the sweep's, on another node. A
-study that is busy or gone stops no training. Imports neither torch nor lerobot, and Optuna at the first evaluation.
+The job finds the study in the sweep's folder, so it may run in another process, on another node. A study that is busy
+or missing does not stop a training. Imports neither torch nor lerobot, and Optuna not before the first evaluation.
 """
 
 import logging
@@ -16,13 +16,17 @@ from pusht_act.config.schema import Pruner, PrunerConfig
 log = logging.getLogger(__name__)
 
 STORAGE, STUDY = "optuna.db", "sweep"
-"""The file of a sweep's study, and the study's name there."""
+"""The file of the study in the sweep's folder, and the name of the study in it."""
 BUSY_S = 2.0
-"""Seconds that a job waits while another process writes to the study."""
+"""How many seconds a job waits while another process writes to the study."""
 
 
 def reporter(node: Any) -> Callable[[int, dict[str, float]], bool] | None:
-    """What the job whose Hydra configuration is `node` tells its evaluations; None: nobody would prune it."""
+    """Return what a job reports its evaluations to; None if nothing prunes it.
+
+    Args:
+        node: The job's Hydra configuration.
+    """
     kind = OmegaConf.select(node, "sweeper.pruner.kind")
     number = OmegaConf.select(node, "job.num", throw_on_missing=False)
     if kind in (None, Pruner.none) or number is None:
@@ -31,33 +35,35 @@ def reporter(node: Any) -> Callable[[int, dict[str, float]], bool] | None:
 
 
 class Reporter:
-    """A `training.async_evaluation.Report` to the study in `directory`, of trial `number`."""
+    """A `training.async_evaluation.Report`: reports the evaluations of one trial to its study."""
 
     def __init__(self, directory: Path, number: int, metric: str, options: PrunerConfig) -> None:
         self._path = directory / STORAGE
         self._number, self._metric, self._options = number, metric, options
         self._warned = False
 
-    def __call__(self, step: int, metrics: dict[str, float]) -> bool:  # noqa: D102
+    def __call__(self, step: int, metrics: dict[str, float]) -> bool:
+        """Report the evaluation of `step`, and return whether to stop the training."""
         value = metrics[self._metric]
         try:
-            ends = self._told(step, value)
-        except Exception as error:  # SQLAlchemy's and Optuna's, of many kinds
+            ends = self._report_and_query(step, value)
+        except Exception as error:
+            # SQLAlchemy and Optuna raise many kinds, without a common base.
             if not self._warned:
-                said = "%s cannot be used (%s): training goes on, this trial may not be pruned"
-                log.warning(said, self._path, reason(error))
+                message = "%s cannot be used (%s): training continues, this trial may not be pruned"
+                log.warning(message, self._path, root_cause(error))
             self._warned = True
             return False
         if ends:
-            log.info("step %d: %s %.4g is worth no more steps: pruned", step, self._metric, value)
+            log.info("step %d: pruned, %s %.4g is worse than the median of former trials", step, self._metric, value)
         return ends
 
-    def _told(self, step: int, value: float) -> bool:
+    def _report_and_query(self, step: int, value: float) -> bool:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Opened each time, as it may lie on another machine's disk and evaluations are far apart; mode=rw makes no new
-        # file in place of one that is gone.
+        # Opened for each evaluation: they are minutes apart, and the file may lie on another machine's disk. mode=rw
+        # does not create a new file in place of one that is missing.
         storage = optuna.storages.RDBStorage(
             f"sqlite:///file:{self._path.resolve()}?mode=rw&uri=true",
             engine_kwargs={"connect_args": {"timeout": BUSY_S}},
@@ -67,7 +73,8 @@ class Reporter:
         try:
             study_id = storage.get_study_id_from_name(STUDY)
             trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, self._number)
-            storage.set_trial_intermediate_value(trial_id, step, value)  # once more after a resume, which is fine
+            # A resumed job may report the same step again, which replaces the value.
+            storage.set_trial_intermediate_value(trial_id, step, value)
             study = optuna.load_study(study_name=STUDY, storage=storage)
             pruner = optuna.pruners.MedianPruner(self._options.n_startup_trials, self._options.n_warmup_steps)
             return pruner.prune(study, storage.get_trial(trial_id))
@@ -75,8 +82,8 @@ class Reporter:
             storage.engine.dispose()
 
 
-def reason(error: BaseException) -> str:
-    """SQLite's own words, which the errors of others are around."""
+def root_cause(error: BaseException) -> str:
+    """Return the first line of the innermost error: SQLite's own, without the layers around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).partition("\n")[0]

@@ -1,6 +1,6 @@
-"""The state of a sweep on disk: what each job is and what it came to.
+"""The state of a sweep on disk: sweep.json, its identity, and jobs/N.json, what became of each job.
 
-Files alone tell the state, so it is the same from every machine. Imports neither torch nor lerobot.
+The files alone determine the state, so it is the same from every machine. Imports neither torch nor lerobot.
 """
 
 import json
@@ -8,25 +8,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pusht_act.config.schema import Metric
+from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import NAME as LOCK
-from pusht_act.runtime.lock import LockOwner
-
-if TYPE_CHECKING:
-    pass
-
 
 IDENTITY = "sweep.json"
 LAUNCH_KEYS = (
     *("hydra.launcher.", "hydra/launcher", "cluster=", "hydra.verbose"),
     *("sweep.max_tries", "hydra.sweeper.n_trials="),
 )
-"""Overrides that a sweep may go on with other values of: where and how often its jobs run, not what they come to."""
+"""Beginnings of overrides that may change when a sweep is resumed: where and how often its jobs run."""
 FINISHED = ("done", "pruned")
-"""States of a job that is left alone."""
+"""States in which a job is left alone."""
 
 
 @dataclass
@@ -37,63 +33,69 @@ class Job:
     overrides: list[str]
     state: str = "waiting"
     tries: int = 0
-    """How often it was begun."""
+    """How often it was started."""
     failures: int = 0
     """How often it failed."""
     step: int | None = None
     objective: float | None = None
-    """Its `metric` if it was evaluated."""
+    """The value of `metric`, if it was evaluated."""
     metric: str = Metric.pc_success.value
     error: str | None = None
-    """Why it failed, in a line."""
+    """Why it failed, in one line."""
     seconds: float = 0.0
-    """Of its last try."""
+    """How long its last try took."""
     output_dir: str = ""
     holder: dict[str, Any] = field(default_factory=dict)
-    """The process that began it last."""
+    """The process that started it last, as a lock's owner is described."""
 
 
 def load_jobs(directory: Path) -> list[Job]:
-    """All jobs of the sweep in `directory`, those that were not begun too."""
+    """Return all jobs of the sweep in `directory`, including those that were never started."""
     content = json.loads((directory / IDENTITY).read_text())
+    # A sweep that was given more trials on resume has more jobs than its identity lists.
     grid = dict(enumerate(content["jobs"]))
-    begun = (int(path.stem) for path in (directory / "jobs").glob("*.json") if path.stem.isdigit())
-    return [load_job(directory, number, grid.get(number, [])) for number in sorted({*grid, *begun})]
+    started = (int(path.stem) for path in (directory / "jobs").glob("*.json") if path.stem.isdigit())
+    return [load_job(directory, number, grid.get(number, [])) for number in sorted({*grid, *started})]
 
 
 def load_job(directory: Path, number: int, overrides: list[str]) -> Job:
-    """Job `number`; one that a killed process has left running is interrupted."""
+    """Return job `number`. If its process was killed, its state is interrupted.
+
+    Args:
+        directory: The sweep's.
+        number: The job's.
+        overrides: The job's, for one that was never started.
+    """
     path = directory / "jobs" / f"{number}.json"
     found = _read_job(path)
     if found is None:
         return Job(number, overrides)
-    if (
-        found.state == "running" and not _is_alive(found, path) and _read_job(path) == found
-    ):  # it has not ended just now
+    # Read a second time: it may have ended just now, and its process with it.
+    if found.state == "running" and not _is_alive(found, path) and _read_job(path) == found:
         found.state = "interrupted"
     return found
 
 
 def recorded_overrides(overrides: Sequence[str]) -> list[str]:
-    """All but where the sweep lies: those of its jobs, then Hydra's."""
+    """Return the overrides that identify a sweep: all but its folder, those of its jobs before Hydra's own."""
     left_out = ("hydra.sweep.dir=", "hydra.mode=", "-m", "--multirun")
-    said = [each for each in overrides if not each.startswith(left_out)]
-    return sorted(said, key=lambda each: each.startswith(("hydra.", "hydra/")))
+    kept = [override for override in overrides if not override.startswith(left_out)]
+    return sorted(kept, key=lambda override: override.startswith(("hydra.", "hydra/")))
 
 
 def result_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those that say what its jobs come to."""
-    return [each for each in overrides if not each.startswith(LAUNCH_KEYS)]
+    """Return the overrides that affect the results of jobs."""
+    return [override for override in overrides if not override.startswith(LAUNCH_KEYS)]
 
 
 def describe_difference(was: list[str], now: list[str]) -> str:
-    """Say which overrides are gone and which are new."""
-    lost, new = (" ".join(each for each in a if each not in b) for a, b in ((was, now), (now, was)))
+    """Return which overrides are gone and which are new, as "was ..., now ..."."""
+    lost, new = (" ".join(item for item in a if item not in b) for a, b in ((was, now), (now, was)))
     return f"was {lost or 'without that'}, now {new or 'without that'}" if lost or new else "in order"
 
 
 def read_direction(directory: Path) -> str | None:
-    """Return maximize or minimize; None for a sweep that seeks no best job."""
+    """Return maximize or minimize; None for a sweep that has no best job."""
     direction: str | None = json.loads((directory / IDENTITY).read_text()).get("direction")
     return direction
 
@@ -105,12 +107,12 @@ def read_identity(directory: Path) -> list[str] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
+        raise UserError(f"{directory / IDENTITY} is damaged ({error}): start another sweep") from error
     return overrides
 
 
 def _read_job(path: Path) -> Job | None:
-    """What a job's file says; None when there is none that can be read."""
+    """Return what the file of a job says; None if there is none that can be read."""
     try:
         return Job(**json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -118,23 +120,23 @@ def _read_job(path: Path) -> Job | None:
 
 
 def _is_alive(found: Job, path: Path) -> bool:
-    """Return whether the process that started `found`, as the file at `path` says, is at work."""
+    """Return whether the process that started `found`, read from `path`, is still running."""
     try:
-        lock = Path(found.output_dir) / LOCK  # touched every 30 s
+        # On another machine only signs of life tell: the job touches the lock of its run directory every 30 s.
+        lock = Path(found.output_dir) / LOCK
         touched = max(each.stat().st_mtime for each in (path, lock) if each.exists())
         return LockOwner.read(found.holder).alive(time.time() - touched)
-    except (OSError, TypeError, ValueError):  # removed just now, or not written by this program
+    except (OSError, TypeError, ValueError):
+        # Removed just now, or not written by this program.
         return False
 
 
 def write_job(directory: Path, found: Job) -> None:
-    """Write down what is known of a job."""
+    """Write the state of a job."""
     write_json(directory / "jobs" / f"{found.number}.json", asdict(found))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """All at once: another process may be reading it."""
+    """Write a JSON file atomically, since another process may be reading it, and make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.replace(path)
+    write_text(path, json.dumps(content, indent=2) + "\n")

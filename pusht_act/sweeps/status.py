@@ -1,9 +1,9 @@
-"""mode=status dir=DIR: how the jobs of a sweep, or one run, are getting on.
+"""mode=status dir=DIR: the progress of the jobs of a sweep, or of one run.
 
-Read from their files alone, so it is the same from every machine; nothing is written and no lock taken:
+It is read from their files alone, so it is the same from every machine. Nothing is written and no lock is taken:
 
-    <sweep>/sweep.json  jobs/N.json       overrides, state, tries, host (sweep.py)
-    <run>/lock  runs.jsonl                the same of a run that is no sweep's
+    <sweep>/sweep.json  jobs/N.json       overrides, state, tries, host (state.py)
+    <run>/lock  runs.jsonl                the same for a run of its own
           config.yaml                     how many steps
           metrics.jsonl  checkpoints/     the step, its rate, the scores
 
@@ -27,53 +27,60 @@ from typing import Any
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.errors import UserError
-from pusht_act.runtime.lock import read_owner
 from pusht_act.sweeps.state import IDENTITY, Job, load_jobs
-from pusht_act.sweeps.table import format_jobs
+from pusht_act.sweeps.table import HEADER_LINES, format_jobs
 
-OF_A_RUN = ("config.yaml", "lock", "metrics.jsonl", "checkpoints")
-"""A folder with one of these is a run's."""
+RUN_FILES = ("config.yaml", "lock", "metrics.jsonl", "checkpoints")
+"""A folder with one of these is a run directory."""
 RATE, SUCCESS = "train/samples_per_s", "eval/pc_success"
-UNDER_WAY = ("running", "waiting")
-"""States that a job leaves by itself."""
+UNFINISHED = ("running", "waiting")
+"""States that change without anybody doing something."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; None: its files do not say."""
+    """The progress of a run; None where its files do not tell."""
 
     step: int | None = None
     steps: int | None = None
     rate: float | None = None
-    """Steps a second, evaluations and saves left out, as its last line of metrics has it."""
+    """Steps a second without evaluations and saves, as the last line of its metrics says."""
     success: float | None = None
-    """Of the newest evaluation, in percent."""
+    """Of the latest evaluation, in percent."""
     best: float | None = None
 
 
-def show(directory: Path, every: float) -> None:
-    """Print the table of `directory`; on a terminal again every so many seconds, until all jobs have ended.
+def show_status(directory: Path, every: float) -> None:
+    """Print the table of a sweep or a run. On a terminal, redraw it until all jobs have ended.
+
+    Args:
+        directory: The folder of a sweep, or a run directory.
+        every: Seconds between two redraws; 0: print once.
 
     Raises:
-        FileNotFoundError: it holds neither a sweep nor a run.
-        UserError: it cannot be read.
+        FileNotFoundError: the folder holds neither a sweep nor a run.
+        UserError: the sweep cannot be read.
     """
-    back = ""
+    erase = ""
     while True:
-        found = jobs_of(directory)
-        ended = not any(each.state in UNDER_WAY for each in found)
+        jobs = find_jobs(directory)
+        ended = not any(job.state in UNFINISHED for job in jobs)
         if ended or every == 0 or not sys.stdout.isatty():
-            print(back + "\n".join(render(found)), flush=True)
+            print(erase + "\n".join(render(jobs)), flush=True)
             return
+        # What does not fit on the screen would scroll away, and could not be erased: room for the line of counts, the
+        # header and the cursor is left, and long lines are cut.
         size = shutil.get_terminal_size()
-        lines = [line[: size.columns - 1] for line in render(found, size.lines - 3)[: size.lines - 1]]
-        print(back + "\n".join(lines), flush=True)
-        back = f"\x1b[{len(lines)}F\x1b[J"  # to the beginning of the first of them, and all from there erased
+        shown = render(jobs, size.lines - 2 - HEADER_LINES)[: size.lines - 1]
+        lines = [line[: size.columns - 1] for line in shown]
+        print(erase + "\n".join(lines), flush=True)
+        # To the beginning of the first of these lines, and erase everything from there.
+        erase = f"\x1b[{len(lines)}F\x1b[J"
         time.sleep(every)
 
 
-def jobs_of(directory: Path) -> list[Job]:
-    """The jobs of the sweep in `directory`, or the one of the run there.
+def find_jobs(directory: Path) -> list[Job]:
+    """Return the jobs of the sweep in `directory`, or the run there as the only job.
 
     Raises:
         FileNotFoundError: it holds neither.
@@ -81,68 +88,77 @@ def jobs_of(directory: Path) -> list[Job]:
     """
     if (directory / IDENTITY).exists():
         try:
-            found = load_jobs(directory)
+            jobs = load_jobs(directory)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{directory / IDENTITY} is damaged ({error}): give the folder of one of its runs"
             ) from error
-        for each in found:
-            if not each.output_dir or not Path(each.output_dir).is_dir():  # not begun, or the sweep was moved
-                each.output_dir = str(directory / str(each.number))
-        return found
-    if not any((directory / name).exists() for name in OF_A_RUN):
+        # A job that was not started has no folder yet, and those of a sweep that was moved are not where they were.
+        for job in jobs:
+            if not job.output_dir or not Path(job.output_dir).is_dir():
+                job.output_dir = str(directory / str(job.number))
+        return jobs
+    if not any((directory / name).exists() for name in RUN_FILES):
         raise FileNotFoundError(
             f"dir={directory} holds neither a sweep (no {IDENTITY}) nor a run (no config.yaml): give a folder such as "
             "multirun/DATE/TIME or outputs/act_pusht/train"
         )
-    return [_job_of(RunDir(directory))]
+    return [_run_as_job(RunDir(directory))]
 
 
-def _job_of(run: RunDir) -> Job:
-    """The run as the only job of a sweep; that it failed and not just stopped, no file tells."""
+def _run_as_job(run: RunDir) -> Job:
+    """Return a run as a job. It is never `failed`: no file tells a failure from an interruption."""
     starts = [start for line in _text(run.path / "runs.jsonl").splitlines() if (start := _values(line))]
     last = starts[-1] if starts else {}
     holder, alive = read_owner(run.path)
-    come = progress(run.path)
-    has_all_steps = come.step is not None and come.steps is not None and come.step >= come.steps
+    progress = read_progress(run.path)
+    is_complete = progress.step is not None and progress.steps is not None and progress.step >= progress.steps
     state = "running" if alive else "interrupted"
-    if has_all_steps and holder is None and Checkpoint(run.checkpoints / "last" / "pretrained_model").pending is None:
+    # An evaluation may still be missing after the last step.
+    if is_complete and holder is None and Checkpoint(run.checkpoints / "last" / "pretrained_model").pending is None:
         state = "done"
     host = holder.host if holder is not None else last.get("host", "")
     overrides = shlex.split(last.get("command", ""))[1:]
     return Job(0, overrides, state, len(starts), output_dir=str(run.path), holder={"host": host})
 
 
-def render(found: list[Job], most: int | None = None) -> list[str]:
-    """A line that counts the jobs by state, then the table; of more than `most` jobs, those under way and the last."""
-    states = [f"{number} {state}" for state, number in Counter(each.state for each in found).items()]
-    counts = f"{len(found)} job{'' if len(found) == 1 else 's'}: {', '.join(states) or 'none was begun'}"
-    if most is None or len(found) <= most:
-        return [counts, *_table(found)]
-    interest = sorted(found, key=lambda each: (each.state != "running", each.state == "waiting", -each.number))
-    shown = sorted(interest[: max(most, 1)], key=lambda each: each.number)
-    hidden = f"; {len(found) - len(shown)} of them are not shown (status.every=0 shows all)"
-    return [counts + hidden, *_table(shown)[: len(shown) + 1]]
+def render(jobs: list[Job], most: int | None = None) -> list[str]:
+    """Return the lines to print: the number of jobs in each state, then the table.
+
+    Args:
+        jobs: All jobs.
+        most: Show at most so many, those that are running before those that ended last; None: all.
+    """
+    states = [f"{number} {state}" for state, number in Counter(job.state for job in jobs).items()]
+    counts = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}: {', '.join(states) or 'none was started'}"
+    if most is None or len(jobs) <= most:
+        return [counts, *_table(jobs)]
+    interest = sorted(jobs, key=lambda job: (job.state != "running", job.state == "waiting", -job.number))
+    shown = sorted(interest[: max(most, 1)], key=lambda job: job.number)
+    hidden = f"; {len(jobs) - len(shown)} of them are not shown (status.every=0 shows all)"
+    # Without the lines of errors after the table, for which there is no room.
+    return [counts + hidden, *_table(shown)[: HEADER_LINES + len(shown)]]
 
 
-def _table(found: list[Job]) -> list[str]:
-    return [] if not found else format_jobs(found, [_columns(each, progress(Path(each.output_dir))) for each in found])
+def _table(jobs: list[Job]) -> list[str]:
+    return format_jobs(jobs, [_columns(job, read_progress(Path(job.output_dir))) for job in jobs])
 
 
-def _columns(job: Job, come: Progress) -> dict[str, str]:
-    """What the table shows of a job beside what the sweep knows of it."""
-    step = job.step if job.step is not None else come.step
-    success = job.objective if job.objective is not None else come.success
-    rate = come.rate if job.state == "running" else None
+def _columns(job: Job, progress: Progress) -> dict[str, str]:
+    """Return the columns of a job that its run directory tells."""
+    # What the sweep recorded when the job ended wins over its metrics.
+    step = job.step if job.step is not None else progress.step
+    success = job.objective if job.objective is not None else progress.success
+    rate = progress.rate if job.state == "running" else None
     left = ""
-    if rate and come.steps is not None and come.step is not None:
-        left = str(timedelta(seconds=round(max(come.steps - come.step, 0) / rate)))
+    if rate and progress.steps is not None and progress.step is not None:
+        left = str(timedelta(seconds=round(max(progress.steps - progress.step, 0) / rate)))
     return {
-        "step": " / ".join(f"{each:,}" for each in (step, come.steps) if each is not None),
+        "step": " / ".join(f"{number:,}" for number in (step, progress.steps) if number is not None),
         "steps/s": f"{rate:.1f}" if rate else "",
         "left": left,
         "success": _percent(success),
-        "best": _percent(come.best),
+        "best": _percent(progress.best),
         "host": str(job.holder.get("host", "")),
     }
 
@@ -151,31 +167,34 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f} %"
 
 
-def progress(path: Path) -> Progress:
-    """How far the run in `path` has come."""
+def read_progress(path: Path) -> Progress:
+    """Return the progress of the run in `path`."""
     config = _text(path / "config.yaml")
     steps, batch_size = _number(config, "steps"), _number(config, "batch_size")
     run = RunDir(path)
-    measured = _measured_now(run.metrics)
-    saved = Path(os.path.realpath(run.checkpoints / "last")).name  # resolve() raises at a link to itself
-    known = [measured.step, int(saved) if saved.isdigit() else None, None if steps is None else 0]
-    step = max((each for each in known if each is not None), default=None)
-    rate = measured.rate / batch_size if measured.rate is not None and batch_size else None
-    return replace(measured, step=step, steps=steps, rate=rate)
+    logged = _read_metrics(run.metrics)
+    # Path.resolve() would raise at a link to itself.
+    saved = Path(os.path.realpath(run.checkpoints / "last")).name
+    # The last line of metrics may be older than the last checkpoint, or the other way round.
+    known = [logged.step, int(saved) if saved.isdigit() else None, None if steps is None else 0]
+    step = max((number for number in known if number is not None), default=None)
+    rate = logged.rate / batch_size if logged.rate is not None and batch_size else None
+    return replace(logged, step=step, steps=steps, rate=rate)
 
 
-def _measured_now(metrics: Path) -> Progress:
-    """What `metrics` tells; its rate is that of samples."""
+def _read_metrics(path: Path) -> Progress:
+    """Return what metrics.jsonl tells; `rate` is in samples a second."""
     try:
-        stat = metrics.stat()
-        return _measured(metrics, stat.st_size, stat.st_mtime_ns)
+        stat = path.stat()
+        return _parse_metrics(path, stat.st_size, stat.st_mtime_ns)
     except OSError:
         return Progress()
 
 
 @cache
-def _measured(path: Path, _size: int, _changed_ns: int) -> Progress:
-    """The same, read once for each state of the file. Most lines are not parsed: a sweep may have a million."""
+def _parse_metrics(path: Path, _size: int, _changed_ns: int) -> Progress:
+    """Return the same, reading the file once for each of its states."""
+    # All jobs of a sweep may have a million lines together: only those that look right are parsed.
     lines = path.read_text(errors="replace").splitlines()
     trained = next((values for line in reversed(lines) if RATE in line and (values := _values(line))), {})
     evaluated = [values for line in lines if SUCCESS in line and (values := _values(line))]
@@ -187,7 +206,7 @@ def _measured(path: Path, _size: int, _changed_ns: int) -> Progress:
 
 
 def _values(line: str) -> dict[str, Any]:
-    """A line's JSON; empty when it is being written."""
+    """Return the JSON object in a line; empty if the line is still being written."""
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError):
@@ -195,7 +214,7 @@ def _values(line: str) -> dict[str, Any]:
 
 
 def _number(config: str, key: str) -> int | None:
-    """`key` of a config.yaml, which takes seconds to parse where there are a thousand."""
+    """Return the integer `key` of a config.yaml, or None. Parsing a thousand of them would take seconds."""
     found = re.search(rf"^{key}: (\d+)$", config, flags=re.MULTILINE)
     return int(found[1]) if found else None
 

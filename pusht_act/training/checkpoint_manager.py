@@ -22,10 +22,11 @@ from lerobot.configs.train import TrainPipelineConfig
 from pusht_act.checkpoints import checkpoint_io
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
-from pusht_act.checkpoints.retention import prune, remove, set_symlink
+from pusht_act.checkpoints.retention import prune, set_symlink
 from pusht_act.config.lerobot import LeRobotConfig, train_pipeline_config
 from pusht_act.config.schema import Config
 from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.atomic import remove_dir
 from pusht_act.runtime.distributed import is_main
 from pusht_act.training.async_evaluation import is_due
 
@@ -106,7 +107,7 @@ class CheckpointManager:
         if not self.is_due(step) and step not in self.state.spare:
             self.state.spare.append(step)
         in_background = self.config.checkpoints.background and step < self.config.steps
-        snapshot = checkpoint_io.snapshot(self.components, self.state, apart=in_background)
+        snapshot = checkpoint_io.snapshot(self.components, self.state, to_cpu=in_background)
         self._step, self._protected = step, self.protected_steps
         self._future = self.thread.submit(checkpoint_io.save, self.run, snapshot, self.train_config, self.metadata)
         if not in_background:
@@ -160,7 +161,7 @@ class CheckpointManager:
             asked_for = is_due(step, self.config.save_freq) or is_due(step, self.config.checkpoints.keep_every)
             if not asked_for and (folder := self._folder(step)).is_dir():
                 try:
-                    remove(folder)
+                    remove_dir(folder)
                 except OSError as error:
                     log.warning("%s cannot be removed (%s): it stays", folder, error.strerror)
         prune(self.run, self.config.checkpoints, protected)

@@ -22,7 +22,7 @@ from pusht_act.data.loader import Batch, BatchIndices, BatchLoader
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.evaluation.evaluate import Evaluation
 from pusht_act.policy.act import autocast
-from pusht_act.runs.loggers import Metrics
+from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import agree, broadcast_from_main, is_main, world_size
 from pusht_act.runtime.malloc import keep_freed_memory
@@ -237,7 +237,7 @@ class Trainer:
         self.sampler.load_state_dict(self.sampler.state_dict(), number)
         self.start, self.pending_model = checkpoint, find_pending(checkpoint, self.state, self.config.steps)
         if self.loggers is not None:
-            self.loggers.rolled_back(self.state.step, self.state.pending, number, error.step)
+            self.loggers.rewind(self.state.step, self.state.pending, number, error.step)
 
     def is_due(self, freq: int) -> bool:
         """Return whether this step is a multiple of `freq`; 0: never."""
@@ -266,12 +266,12 @@ class Trainer:
 
     @contextmanager
     def _open_loggers(self) -> Iterator[None]:
-        self.loggers: Metrics | None = None
+        self.loggers: LoggerCollection | None = None
         if not is_main():
             yield
             return
         state = self.state
-        with Metrics(
+        with LoggerCollection(
             self.config, self.run, state.step, state.wandb_run_id, state.pending, state.rollbacks
         ) as self.loggers:
             yield

@@ -116,7 +116,7 @@ def test_a_data_set_must_have_what_the_environment_shows(keypoints_dataset: Path
 
 def test_a_crash_while_saving_leaves_the_last_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is cut short lies under a hidden name and is replaced by the next save."""
-    for doomed in ("save_optimizer_state", "_fsync", "_replace"):
+    for doomed in ("save_optimizer_state", "fsync", "replace_dir"):
         with monkeypatch.context() as patch:
 
             def crash(*_: object, **__: object) -> None:

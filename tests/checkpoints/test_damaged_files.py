@@ -58,7 +58,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def refusal(run: Path, *overrides: str) -> str:
-    """What a resume of `run` to step 2 answers; a sound checkpoint that was found is named as being there already."""
+    """What a resume of `run` to step 2 answers; a valid checkpoint that was found is named as being there already."""
     with pytest.raises((ValueError, OSError)) as caught:
         pusht_act.run(["mode=resume", f"output_dir={run}", "steps=2", *overrides])
     assert "\n" not in str(caught.value)
@@ -66,7 +66,7 @@ def refusal(run: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_resume_takes_the_newest_sound_checkpoint(fault: str, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_resume_takes_the_newest_valid_checkpoint(fault: str, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = run / "checkpoints" / "000004"
     assert len(files(folder)) == 14
     for name in files(folder):
@@ -74,19 +74,19 @@ def test_a_resume_takes_the_newest_sound_checkpoint(fault: str, run: Path, caplo
         FAULTS[fault](folder / name)
         caplog.clear()
         if name == MANIFEST and fault == "deleted":
-            assert last_checkpoint(RunDir(run)).step == 4, "as sound as a checkpoint of stock LeRobot"
+            assert last_checkpoint(RunDir(run)).step == 4, "as valid as a checkpoint of stock LeRobot"
         else:
             assert last_checkpoint(RunDir(run)).step == 2
             (warning,) = warnings(caplog)
             assert (folder.name if name == MANIFEST else f"{folder}: {name} is ") in warning
-            assert f"going on from step 2 instead, {run}/checkpoints/000002" in warning
+            assert f"resuming from step 2 instead, {run}/checkpoints/000002" in warning
         (folder / name).write_bytes(content)
     FAULTS[fault](folder / "pretrained_model" / "config.json")
     assert f"{run}/checkpoints/000002 is at step 2 already" in refusal(run)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_without_a_sound_one_the_file_is_named(fault: str, run: Path) -> None:
+def test_without_a_valid_one_the_file_is_named(fault: str, run: Path) -> None:
     folder = run / "checkpoints" / "000004"
     shutil.rmtree(run / "checkpoints" / "000002")
     for name in set(files(folder)) - {MANIFEST}:
@@ -97,7 +97,7 @@ def test_without_a_sound_one_the_file_is_named(fault: str, run: Path) -> None:
         (folder / name).write_bytes(content)
     FAULTS[fault](folder / "training_state" / "rng_state.safetensors")
     answer = refusal(run)
-    assert f"no checkpoint in {run}/checkpoints is sound ({folder}: training_state/rng_state.safetensors is " in answer
+    assert f"no checkpoint in {run}/checkpoints is valid ({folder}: training_state/rng_state.safetensors is " in answer
     assert "name one elsewhere with resume.path=, or start afresh with overwrite=true" in answer
 
 
@@ -133,7 +133,7 @@ def test_a_broken_link_is_mended_by_the_next_save(link: str | None, run: Path, c
         last.symlink_to(link)
     assert pusht_act.run(["mode=resume", f"output_dir={run}", "steps=5"]).step == 5
     assert f"{last} " in caplog.text
-    assert "missing; going on from step 4 instead" in caplog.text
+    assert "missing; resuming from step 4 instead" in caplog.text
     assert f"going on from {run}/checkpoints/000004" in (run / "train.log").read_text()
     assert last.resolve().name == "000005"
 

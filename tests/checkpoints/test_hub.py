@@ -66,7 +66,7 @@ def test_a_run_without_evaluation_says_so() -> None:
     [
         ([], "give policy.repo_id=USER/NAME or set YOUR_PROJECT_NAME"),
         (["policy.repo_id=null"], "give policy.repo_id=USER/NAME or set YOUR_PROJECT_NAME"),
-        (["policy.repo_id=a/b/c"], "policy.repo_id=a/b/c is no name on the Hub"),
+        (["policy.repo_id=a/b/c"], "policy.repo_id=a/b/c is not a name for the Hub"),
         (["policy.repo_id=me/act"], "log in with `hf auth login` or set HF_TOKEN"),
     ],
 )

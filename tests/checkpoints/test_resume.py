@@ -1,4 +1,4 @@
-"""resume.auto=true: the same command again goes on, whatever stopped the one before; another one is refused."""
+"""resume.auto=true: the same command again resumes, whatever stopped the one before; another one is refused."""
 
 import json
 import os
@@ -15,7 +15,6 @@ from pusht_act.checkpoints.resume import RESULT_NEUTRAL_KEYS, _differences
 from pusht_act.config.validation import to_config
 from pusht_act.evaluation.evaluate import Evaluation, evaluate
 from pusht_act.job import Result
-from pusht_act.runs.run_dir import CONFIG_PART
 from pusht_act.training import async_evaluation as evaluations
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import TINY, tiny_command
@@ -40,7 +39,7 @@ def again(run: Path, *overrides: str) -> Result:
 
 
 def test_it_begins_where_there_is_nothing(tmp_path: Path) -> None:
-    for name, left in (("absent", []), ("empty", []), ("killed", ["lock", CONFIG_PART])):
+    for name, left in (("absent", []), ("empty", []), ("killed", ["lock", ".config.yaml.part"])):
         run = tmp_path / name
         if name != "absent":
             run.mkdir()
@@ -74,7 +73,7 @@ def test_it_goes_on_to_the_same_bits_and_to_more_steps(
 def test_a_damaged_checkpoint_is_passed_over(finished: Path, copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     (copy / "checkpoints/000004/training_state/optimizer_state.safetensors").write_bytes(b"")
     assert again(copy).step == 4
-    assert "going on from step 2 instead" in caplog.text
+    assert "resuming from step 2 instead" in caplog.text
     assert_same_bits(finished, copy)
 
 
@@ -108,7 +107,7 @@ def test_a_section_younger_than_the_run_makes_no_difference(section: str, finish
 )
 def test_another_configuration_is_refused_or_moves_it_aside(overrides: list[str], said: str, copy: Path) -> None:
     before = sorted(copy.rglob("*"))
-    with pytest.raises(ValueError, match="holds another run, so resume.auto=true cannot go on") as caught:
+    with pytest.raises(ValueError, match="holds another run, so resume.auto=true cannot resume it") as caught:
         again(copy, *overrides)
     assert f"({said})" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -123,7 +122,7 @@ def test_what_is_not_its_own_is_refused(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is in use"):
         again(tmp_path / "thesis")
     pusht_act.run(["mode=resume", f"output_dir={copy}", "steps=5"])
-    with pytest.raises(ValueError, match="was not written by mode=test or mode=full.*go on with mode=resume"):
+    with pytest.raises(ValueError, match="was not written by mode=test or mode=full.*use mode=resume"):
         again(copy, "steps=6")
 
 

@@ -10,10 +10,11 @@ import pytest
 
 import pusht_act
 from pusht_act.checkpoints.manifest import find_corruption
-from pusht_act.checkpoints.retention import prune, remove, remove_temp_files, resolve_symlink, set_symlink
+from pusht_act.checkpoints.retention import prune, remove_temp_files, resolve_symlink, set_symlink
 from pusht_act.config.schema import CheckpointsConfig
 from pusht_act.job import Result
 from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.atomic import remove_dir
 
 Tiny = Callable[..., Result]
 
@@ -80,7 +81,7 @@ def test_a_removal_that_is_killed_leaves_a_hidden_folder_which_the_next_save_del
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            remove(run.checkpoints / "000010")
+            remove_dir(run.checkpoints / "000010")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [".000010.old", "000020", "last"]
     for name in (".000030.part", ".000007.old"):
         (run.checkpoints / name).mkdir()

@@ -83,7 +83,7 @@ REFUSED = [
     ("hydra/sweeper=optuna", "hydra/sweeper=optuna chooses the values of a sweep's jobs", "give -m"),
     ("sweep=optuna_learning_rates hydra/sweeper=basic", "sweep=optuna_learning_rates is for a sweep", "give -m"),
     ("sweep.max_tries=2", "sweep.max_tries=2 is for a sweep", "give -m"),
-    ("sweep.resume=x", "sweep.resume=x goes on with a sweep", "give -m"),
+    ("sweep.resume=x", "sweep.resume=x resumes a sweep", "give -m"),
     ("-m sweep.resume=x", "sweep.resume=x holds no sweep", "give a folder such as multirun/DATE/TIME"),
     ("checkpoints.keep_every=5", "checkpoints.keep_every=5", "checkpoints.keep_last=3"),
     ("keep_last=5", "keep_last", "did you mean checkpoints.keep_last?"),

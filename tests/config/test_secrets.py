@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from pusht_act import main
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.job import Result
-from pusht_act.runs.loggers import Metrics
+from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from tests.helpers.config import config
 from tests.helpers.wandb_runs import records
@@ -68,7 +68,7 @@ def test_a_runs_files_and_output_hold_no_token_of_the_environment(
 def test_wandbs_files_of_a_run_that_it_sends_hold_no_token(
     in_tmp: Path, logged_in: None, server: Server, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("DEBUG"), Metrics(config("wandb.enable=true"), RunDir(in_tmp), 0, None) as metrics:
+    with caplog.at_level("DEBUG"), LoggerCollection(config("wandb.enable=true"), RunDir(in_tmp), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
         server.broken = "says 500"  # W&B has more to say of that, and would ask a sound server for more than ours knows
     assert list((in_tmp / "wandb").glob("run-*/*.wandb"))

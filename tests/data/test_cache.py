@@ -77,7 +77,7 @@ def test_processes_that_ask_at_once_share_what_one_builds(folder: Path) -> None:
 def test_a_build_that_was_killed_is_begun_again(folder: Path) -> None:
     process = forked.Process(target=opened, args=(60.0,))
     process.start()
-    while not (folder.with_name(f"{folder.name}.part") / "action.npy").exists():
+    while not (folder.with_name(f".{folder.name}.part") / "action.npy").exists():
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)

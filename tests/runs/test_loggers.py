@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pusht_act
-from pusht_act.runs.loggers import JsonlLogger, Metrics
+from pusht_act.runs.loggers import JsonlLogger, LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.training.metrics import MetricAccumulator
 from tests.helpers.config import config
@@ -95,12 +95,12 @@ def test_a_resume_keeps_the_lines_of_roll_backs_that_its_checkpoint_knows_of(
     resumed_at: int, rollbacks: int, kept: list[int], tmp_path: Path
 ) -> None:
     path = tmp_path / "metrics.jsonl"
-    with Metrics(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
+    with LoggerCollection(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
         for step in range(1, 7):
             metrics.log("train", {"loss": 0.5}, step)
-        metrics.rolled_back(4, None, number=1, diverged_at=7)
+        metrics.rewind(4, None, number=1, diverged_at=7)
         assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4]
-        metrics.rolled_back(4, None, number=2, diverged_at=8)
+        metrics.rewind(4, None, number=2, diverged_at=8)
         metrics.log("train", {"loss": 0.5}, 5)
     JsonlLogger(path, resumed_at, None, rollbacks).close()
     assert [line["rollback/number"] for line in lines(path) if "rollback/number" in line] == kept
@@ -117,7 +117,7 @@ def test_bytes_that_a_power_cut_left_behind_are_dropped(tmp_path: Path) -> None:
 
 
 def test_groups_name_the_metrics(tmp_path: Path) -> None:
-    with Metrics(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
+    with LoggerCollection(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
         metrics.log("eval", {"pc_success": 10.0}, 1)
     assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}, {"step": 1, "eval/pc_success": 10.0}]
@@ -129,7 +129,7 @@ def offline_runs(run: Path) -> list[Path]:
 
 
 def log_once(run: Path, *overrides: str) -> str | None:
-    with Metrics(config("wandb.enable=true", *overrides), RunDir(run), 0, None) as metrics:
+    with LoggerCollection(config("wandb.enable=true", *overrides), RunDir(run), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
     return metrics.wandb_run_id
 
@@ -151,7 +151,7 @@ def test_wandb_keeps_an_offline_run_and_a_resume_continues_it(tmp_path: Path, no
 
 def test_a_result_that_comes_late_is_drawn_at_its_own_step(tmp_path: Path, nobody: None) -> None:
     logged = [("train", 2), ("train", 3), ("eval", 2), ("train", 4), ("eval", 4)]
-    with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
+    with LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
         for group, step in logged:
             metrics.log(group, {"value": float(step)}, step)
     rows = [{key: value for key, value in row.items() if key[0] != "_"} for row in history(offline_runs(tmp_path)[0])]
@@ -237,7 +237,7 @@ def test_wandb_can_be_disabled(how: str, tmp_path: Path, nobody: None, monkeypat
 
 @pytest.mark.parametrize("failed", [False, True])
 def test_a_run_that_ends_in_an_exception_has_failed_in_wandb(failed: bool, tmp_path: Path, nobody: None) -> None:
-    with suppress(ValueError), Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None):
+    with suppress(ValueError), LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, None):
         if failed:
             raise ValueError("the loss became nan")
     (exit_,) = [record.exit for record in records(offline_runs(tmp_path)[0]) if record.HasField("exit")]

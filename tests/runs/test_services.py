@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pusht_act.runs import loggers as metrics_module
-from pusht_act.runs.loggers import Metrics
+from pusht_act.runs import wandb_logger
+from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from tests.helpers.commands import Commands
 from tests.helpers.config import config
@@ -32,7 +32,7 @@ def services() -> set[int]:
 def test_a_server_that_breaks_amid_a_run_does_not_hold_it_up(
     broken: str, tmp_path: Path, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
+    with LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
         server.broken = broken
         began = time.perf_counter()
@@ -50,8 +50,8 @@ def test_a_server_that_breaks_amid_a_run_does_not_hold_it_up(
 
 def with_its_process_killed(root: Path) -> None:
     """A run whose W&B process is killed after its first step; prints the seconds that the others and the end took."""
-    metrics_module.WANDB_FINISH_S = 3.0
-    with Metrics(config("wandb.enable=true"), RunDir(root), 0, None) as metrics:
+    wandb_logger.WANDB_FINISH_S = 3.0
+    with LoggerCollection(config("wandb.enable=true"), RunDir(root), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
         for pid in services():
             os.kill(pid, signal.SIGKILL)
@@ -86,7 +86,7 @@ def test_a_server_that_is_broken_from_the_start_puts_the_run_offline(
 ) -> None:
     server.broken = broken
     began = time.perf_counter()
-    with caplog.at_level("INFO"), Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
+    with caplog.at_level("INFO"), LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
     assert time.perf_counter() - began < NOT_HELD_S
     assert f"{reason}, so the run is kept here" in caplog.text
@@ -104,7 +104,7 @@ def test_its_own_process_that_does_not_start_does_not_stop_a_run(commands: Comma
     assert commands.wait(commands.start(arguments, output, environment)) == 0
     (warning,) = [line for line in output.read_text().splitlines() if "WARNING" in line]
     assert "W&B: Failed to read port info" in warning
-    assert warning.endswith("the run goes on without it, metrics.jsonl has all of it")
+    assert warning.endswith("the run continues without it, metrics.jsonl has all of it")
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
@@ -113,5 +113,5 @@ def test_a_run_whose_process_does_not_start_keeps_its_id(
 ) -> None:
     monkeypatch.setenv("WANDB__SERVICE_WAIT", "0.001")
     forget_settings(monkeypatch)
-    with Metrics(config("wandb.enable=true"), RunDir(tmp_path), 0, "former") as metrics:
+    with LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, "former") as metrics:
         assert metrics.wandb_run_id == "former"

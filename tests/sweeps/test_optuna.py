@@ -189,7 +189,7 @@ def test_the_later_of_two_overrides_counts() -> None:
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("x=range(5,5)", "x=range(5,5): there is nothing in it"),
+        ("x=range(5,5)", "x=range(5,5): the range is empty"),
         ("x=interval(2,1)", "x=interval(2,1): "),
         ("x=tag(log,interval(0,1.5))", "x=tag(log,interval(0,1.5)): "),
         ("x=tag(lgo,interval(1,2))", "x=tag(lgo,interval(1,2)): the tag lgo means nothing"),
@@ -279,7 +279,7 @@ def test_a_study_that_is_busy_or_gone_lets_training_go_on(
     assert time.monotonic() - start < 30
     other.close()
     assert "database is locked" in caplog.text
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert len(caplog.records) == 1, "once"
     (two / "optuna.db").unlink()
     assert asked(two, 0.1) == [False]

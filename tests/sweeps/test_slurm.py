@@ -114,7 +114,7 @@ def test_an_array_survives_what_befalls_its_jobs(
         ["0", "done", "2"], ["1", "done", "2"], ["2", "interrupted", "1"], ["3", "interrupted", "1"],
     ]  # fmt: skip
     assert printed.read_text().splitlines()[-1] == "pusht-act: 2 of 4 jobs are not done"
-    assert f"to go on: pusht-act -m sweep.resume={sweep}" in printed.read_text()
+    assert f"to resume: pusht-act -m sweep.resume={sweep}" in printed.read_text()
     assert "#SBATCH --array=0-3%4" in next((sweep / ".submitit").rglob("*_submission.sh")).read_text()
 
     assert begin("-m", f"sweep.resume={sweep}").wait(900) == 0, printed.read_text()
@@ -159,7 +159,7 @@ def test_what_slurm_refuses_is_one_line(
         (elsewhere / name).symlink_to(str(shutil.which(name)))
     monkeypatch.setitem(slurm.environment, "PATH", str(elsewhere))
     assert begin(*command).wait(300) == 1
-    assert "pusht-act: the sweep's jobs could not be begun: there is no SLURM on this machine" in printed.read_text()
+    assert "pusht-act: the sweep's jobs could not be started: there is no SLURM on this machine" in printed.read_text()
     assert "Traceback" not in printed.read_text()
 
 

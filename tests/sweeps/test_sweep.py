@@ -1,4 +1,4 @@
-"""Sweeps: what their jobs came to is kept, and one that was cut short is gone on with by one command."""
+"""Sweeps: what their jobs came to is kept, and one that was cut short is resumed by one command."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from pusht_act.main import CONFIG_DIR
 from pusht_act.runtime.lock import LockOwner
 from pusht_act.sweeps import callback
+from pusht_act.sweeps.resume import expand_resume_args
 from pusht_act.sweeps.state import Job, load_jobs
-from pusht_act.sweeps.sweep import expand_resume_args
 from pusht_act.sweeps.table import format_jobs
 from tests.helpers.commands import Commands, appears
 from tests.helpers.evaluations import outcome
@@ -70,9 +70,9 @@ def test_other_commands_are_left_alone(argv: list[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["sweep.resume=DIR"], "sweep.resume=DIR goes on with a sweep: give -m too"),
+        (["sweep.resume=DIR"], "sweep.resume=DIR resumes a sweep: give -m too"),
         (["-m", "sweep.resume=DIR/0"], "sweep.resume=DIR/0 holds no sweep (no sweep.json): give a folder such as"),
-        (["-m", "sweep.resume=DIR", "seed=3"], "seed=3: the sweep in DIR goes on as it was begun; leave it out"),
+        (["-m", "sweep.resume=DIR", "seed=3"], "seed=3: the sweep in DIR is resumed as it was started; leave it out"),
         (["-m", "hydra.sweep.dir=DIR", "mode=test", "seed=1,2,3", "hydra/sweeper=basic"],
          "hydra.sweep.dir=DIR holds another sweep (was seed=1,2, now seed=1,2,3): give the same overrides"),
         (["-m", "hydra.sweep.dir=DIR", "mode=test", "hydra/sweeper=basic"], "(was seed=1,2, now without that)"),
@@ -104,7 +104,9 @@ def test_a_job_whose_process_is_gone_was_interrupted(begun: Path) -> None:
     assert [each.state for each in load_jobs(begun)] == ["interrupted", "running"]
     (begun / "jobs" / "1.json").unlink()
     assert [each.state for each in load_jobs(begun)] == ["interrupted", "waiting"]
-    assert [line.split("|")[-1].strip() for line in format_jobs(load_jobs(begun))][1:] == ["seed=1", "mode=test seed=2"]
+    head, separator, *rows = ([cell.strip() for cell in line.split("|")] for line in format_jobs(load_jobs(begun)))
+    assert (head[-2], separator[-2], separator[1]) == ("overrides", "---", "--:")
+    assert [row[-2] for row in rows] == ["seed=1", "mode=test seed=2"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_a_sweep_that_was_cut_short_comes_to_the_same_bits(
     if number == signal.SIGTERM:
         printed = output.read_text()
         assert states(printed) == [["0", "done", "1"], ["1", "interrupted", "1"], ["2", "waiting", "0"]]
-        assert f"to go on: pusht-act -m sweep.resume={cut}" in printed
+        assert f"to resume: pusht-act -m sweep.resume={cut}" in printed
 
     assert commands.run(["-m", f"sweep.resume={cut}"], output) == 0, output.read_text()
     assert states(output.read_text()) == [["0", "done", "1"], ["1", "done", "2"], ["2", "done", "1"]]
@@ -189,7 +191,7 @@ def test_a_preset_that_was_edited_since_is_refused(commands: Commands, tmp_path:
     assert commands.run(["-m", f"sweep.resume={folder}"], output) == 1
     assert output.read_text().splitlines()[-1] == (
         f"pusht-act: job 2 of the sweep in {folder} was seed=7, now seed=3: "
-        "conf/ has changed since; begin another sweep"
+        "conf/ has changed since; start another sweep"
     )
 
 

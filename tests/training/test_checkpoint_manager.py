@@ -47,11 +47,11 @@ class Slow:
         patch.setattr(step_module, "train_step", self.train_step)
         patch.setattr(CheckpointManager, "wait", self.waiting(CheckpointManager.wait))
 
-    def snapshot(self, objects: Any, state: Any, apart: bool) -> Any:
+    def snapshot(self, objects: Any, state: Any, to_cpu: bool) -> Any:
         self._of = self._step = state.step
         self._dead = False
         self._open.clear()
-        return self._snapshot(objects, state, apart)
+        return self._snapshot(objects, state, to_cpu)
 
     def write_manifest(self, folder: Path) -> None:
         assert threading.current_thread() is not threading.main_thread()
@@ -105,13 +105,13 @@ def test_the_files_are_those_of_a_run_that_waits_and_lerobots(tiny: Tiny, slow: 
     slow.lag = 9
     ours = checkpoints.snapshot
 
-    def with_lerobots(objects: Any, state: Any, apart: bool) -> Any:
+    def with_lerobots(objects: Any, state: Any, to_cpu: bool) -> Any:
         folder = tmp_path / "lerobots" / f"{state.step:06d}"
         objects.policy.save_pretrained(folder / "pretrained_model")
         save_training_state(folder, state.step, objects.optimizer, objects.scheduler, 1, 4)
-        return ours(objects, state, apart)
+        return ours(objects, state, to_cpu)
 
-    checkpoints.snapshot = with_lerobots  # `slow` puts it back
+    checkpoints.snapshot = with_lerobots  # type: ignore[assignment]  # `slow` puts it back
     beside = contents(tiny(*SAVING, SCHEDULED).output_dir)
     assert slow.steps_meanwhile == [1, 1, 2, 1, 0], "the next save and an evaluation wait for it"
     (tmp_path / "run").rename(tmp_path / "first")

@@ -224,7 +224,7 @@ def test_branching_off_leaves_the_first_run_alone(tiny: Tiny, tmp_path: Path) ->
     pusht_act.run(["mode=resume", f"resume.path={run}/checkpoints/000002", f"output_dir={new}", "steps=4"])
     assert_same_bits(run, new)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    with pytest.raises(ValueError, match="its run went on to 4"):
+    with pytest.raises(ValueError, match="its run has reached 4"):
         pusht_act.run(["mode=resume", f"resume.path={run}/checkpoints/000002", "steps=4"])
 
 

@@ -1,0 +1,99 @@
+"""Run one job of a sweep, unless it is done already, and record what becomes of it in jobs/N.json."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from pusht_act.config.schema import Metric, Mode
+from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.lock import LockOwner
+from pusht_act.sweeps.state import FINISHED, IDENTITY, Job, describe_difference, load_job, result_overrides, write_job
+
+if TYPE_CHECKING:
+    from pusht_act.job import Result
+
+log = logging.getLogger(__name__)
+
+
+def run_sweep_job(
+    cfg: DictConfig, node: Any, execute: Callable[[DictConfig, Any], "Result"], explain: Callable[[Exception], str]
+) -> float | None:
+    """Run a job of a sweep, or read its result if it has one. A failure is recorded and stops no other job.
+
+    Args:
+        cfg: The job's configuration; resume.auto is set if the job was started before.
+        node: Its Hydra configuration.
+        execute: Runs the job.
+        explain: Turns an error of the job into a line.
+
+    Returns:
+        The value of the sweep's metric; None if the job failed, was not evaluated or is not to be run now.
+
+    Raises:
+        UserError: the job's overrides are not those that the sweep was started with.
+    """
+    directory, number = Path(node.sweep.dir), int(node.job.num)
+    overrides = list(node.overrides.task)
+    _check_same_job(directory, number, overrides)
+
+    # A job that is finished, running elsewhere or hopeless is left alone.
+    found = load_job(directory, number, overrides)
+    if found.state in FINISHED:
+        log.info("job %d is %s already", number, found.state)
+        return found.objective
+    if found.state == "running":
+        log.warning("job %d is already running: process %s on %s", number, found.holder["pid"], found.holder["host"])
+        return None
+    if found.state == "failed" and found.failures >= cfg.sweep.max_tries:
+        log.warning(
+            "job %d is left alone, it failed %d times (sweep.max_tries): %s", number, found.failures, found.error
+        )
+        return None
+
+    # One that was interrupted resumes from its own last checkpoint.
+    if found.tries and cfg.mode in (Mode.test, Mode.full):
+        cfg.resume.auto = True
+    given = any(each.startswith("output_dir=") for each in found.overrides)
+    output_dir = str(Path(cfg.output_dir).absolute() if given else node.runtime.output_dir)
+    started = Job(
+        number, found.overrides, "running", found.tries + 1, found.failures,
+        metric=_metric(node), output_dir=output_dir, holder=asdict(LockOwner()),
+    )  # fmt: skip
+    begin = time.monotonic()
+    write_job(directory, started)
+
+    # A signal is no Exception: then the job is recorded as interrupted.
+    ended = replace(started, state="interrupted")
+    try:
+        result = execute(cfg, node)
+        state = "pruned" if result.pruned else "done"
+        ended = replace(started, state=state, step=result.step, objective=result.metrics.get(started.metric))
+    except Exception as error:
+        ended = replace(started, state="failed", failures=started.failures + 1, error=explain(error))
+        log.error("job %d: %s", number, ended.error, exc_info=not isinstance(error, UserError | OSError))
+    finally:
+        write_job(directory, replace(ended, seconds=time.monotonic() - begin))
+    return ended.objective
+
+
+def _check_same_job(directory: Path, number: int, overrides: list[str]) -> None:
+    """Refuse a job whose overrides have changed since the sweep was started, such as by editing a preset."""
+    grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
+    was, now = result_overrides(grid[number] if number < len(grid) else []), result_overrides(overrides)
+    if was and was != now:
+        raise UserError(
+            f"job {number} of the sweep in {directory} {describe_difference(was, now)}: conf/ has changed since; "
+            "start another sweep"
+        )
+
+
+def _metric(node: Any) -> str:
+    """Return the name of the metric by which the sweep compares its jobs."""
+    metric: Metric = OmegaConf.select(node, "sweeper.metric") or Metric.pc_success
+    return metric.value
