@@ -14,6 +14,7 @@ from pusht_act.config.schema import Metric
 from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import NAME as LOCK
+from pusht_act.runtime.lock import LockOwner
 
 IDENTITY = "sweep.json"
 LAUNCH_KEYS = (

@@ -27,6 +27,7 @@ from typing import Any
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.lock import read_owner
 from pusht_act.sweeps.state import IDENTITY, Job, load_jobs
 from pusht_act.sweeps.table import HEADER_LINES, format_jobs
 
