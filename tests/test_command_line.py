@@ -63,6 +63,7 @@ def seconds(*arguments: str, cwd: Path) -> float:
     return now.children_user - own.children_user + now.children_system - own.children_system if busy else wall
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
 def test_answers_at_once(arguments: list[str], tmp_path: Path) -> None:
     attempts = (seconds(*arguments, cwd=tmp_path) for _ in range(3))
@@ -78,6 +79,7 @@ def test_answers_without_torch_and_lerobot(arguments: list[str], tmp_path: Path)
     assert {"torch", "lerobot", "gym_pusht", "wandb", "optuna"} & imported == set()
 
 
+@pytest.mark.slow
 def test_training_imports_no_hugging_face_datasets(tmp_path: Path) -> None:
     code = (
         "import sys, pusht_act; pusht_act.run(sys.argv[1:]); "
@@ -146,6 +148,7 @@ def test_the_plugins_other_options_are_reached_and_typed() -> None:
         compose("hydra/launcher=submitit_slurm", "hydra.launcher.patrition=gpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "submitit_local"])
 def test_a_sweep_trains_each_job_in_a_folder_of_its_own(launcher: str, tmp_path: Path) -> None:
     cwd = tmp_path / "cwd"
@@ -176,6 +179,7 @@ def run_as_a_job_of_a_sweep(directory: Path, *overrides: str) -> Result:
     return _execute(cfg, node)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_evaluations_keeps_them_apart_and_leaves_the_run_alone(tmp_path: Path, tiny: Any) -> None:
     run = tiny().output_dir
     before = sorted(run.rglob("*"))
@@ -195,6 +199,7 @@ def test_a_sweep_goes_where_it_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "job").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "pusht_act", *TINY, "steps=1000000", f"output_dir={tmp_path / 'run'}"]
     # A job that a shell puts in the background is born with SIGINT ignored, and so are its children.
@@ -215,6 +220,7 @@ def test_ctrl_c_ends_the_command_quietly(tmp_path: Path) -> None:
     assert "Traceback" not in rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "threads"), [({}, "3"), ({"OMP_NUM_THREADS": "2"}, "2")])
 def test_a_slurm_task_has_a_thread_for_each_core_it_was_given(given: dict[str, str], threads: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

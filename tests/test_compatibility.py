@@ -156,6 +156,7 @@ def test_help(command: Run) -> None:
     assert without_program(printed).splitlines() == then.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_every_mode_and_experiment_is_the_same_job(name: str, command: Run) -> None:
     options = [f"mode={name}", *MODES[name]] if name in MODES else [f"experiment={name}"]
@@ -173,6 +174,7 @@ def test_the_checkpoints_are_those_that_were_written(path: Path) -> None:
         assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["size"], entry["sha256"]), name
 
 
+@pytest.mark.slow
 def test_a_new_run_comes_to_the_same_and_leaves_the_same_files(command: Run, tmp_path: Path) -> None:
     code, printed = command(*RUN, f"output_dir={tmp_path / 'new'}")
     assert code == 0, printed
@@ -195,6 +197,7 @@ def test_a_run_stopped_in_its_middle_goes_on_to_the_same_end(
     assert len((run / "runs.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["", "checkpoints/best", "checkpoints/000006/pretrained_model"])
 def test_a_run_is_evaluated_to_the_numbers_it_had(named: str, command: Run, copy: Callable[[str], Path]) -> None:
     run = copy("run")
@@ -212,6 +215,7 @@ def test_a_run_is_evaluated_to_the_numbers_it_had(named: str, command: Run, copy
     assert_close(metrics | {"eval_s": 0.0}, before | {"eval_s": 0.0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -230,6 +234,7 @@ def test_its_state_is_shown(name: str, said: list[str], command: Run, copy: Call
     assert files(folder) == before
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_goes_on_to_the_same_end(command: Run, copy: Callable[[str], Path]) -> None:
     sweep = copy("sweep")
     first = {path: path.read_bytes() for path in (sweep / "0").rglob("*") if path.is_file()}
@@ -264,6 +269,7 @@ def test_a_round_of_dagger_without_its_labels_is_refused_in_a_line(command: Run,
     assert files(run) == before
 
 
+@pytest.mark.slow
 def test_a_round_of_dagger_is_evaluated(command: Run, copy: Callable[[str], Path]) -> None:
     run = copy("dagger_round")
     code, printed = command("mode=eval", f"checkpoint={run}", *SAME_SEEDS)

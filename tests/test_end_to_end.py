@@ -70,6 +70,7 @@ def test_the_readmes_commands_are_found() -> None:
     assert len(readme_commands()) >= 5
 
 
+@pytest.mark.slow
 def test_the_readmes_first_command_trains_and_evaluates(in_tmp: Path) -> None:
     match = re.search(r"uv run -q (pusht-act .*)$", README, flags=re.MULTILINE)
     assert match is not None

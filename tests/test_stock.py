@@ -12,6 +12,8 @@ import pytest
 import pusht_act
 from pusht_act.job import Result
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[..., Result]
 
 

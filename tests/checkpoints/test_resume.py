@@ -160,6 +160,7 @@ def test_an_evaluation_that_was_cut_short_at_the_last_step_is_all_that_is_done(
     assert json.loads(state.read_text())["pending"] is None
 
 
+@pytest.mark.slow
 def test_the_line_of_a_stopped_run_names_the_same_command(tmp_path: Path, commands: Commands) -> None:
     output, words = (
         tmp_path / "output",

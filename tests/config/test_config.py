@@ -139,6 +139,7 @@ def test_act_small_is_act_with_smaller_layers_and_no_downloaded_weights() -> Non
     assert all(small[key] == act[key] for key in ("policy.chunk_size", "policy.n_action_steps", "policy.kl_weight"))
 
 
+@pytest.mark.slow
 def test_every_combination_of_groups_composes() -> None:
     groups = ("mode", "policy", "env", "dataset", "logging")
     for combination in itertools.product(*map(choices, groups)):

@@ -66,6 +66,7 @@ def differing(ours: Any, stock: Any, prefix: str = "") -> list[str]:
     return [] if ours == stock else [prefix.rstrip(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

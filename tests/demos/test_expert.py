@@ -34,6 +34,7 @@ def plain() -> Demonstration:
     return demonstrate(SEED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [400_000, 400_001, 400_002])
 def test_fresh_resets_are_solved_in_the_real_environment(seed: int) -> None:
     made = demonstrate(seed)

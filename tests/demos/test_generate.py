@@ -242,6 +242,7 @@ def test_with_noise_the_labels_stay_clean_and_what_was_done_is_kept(tmp_path: Pa
     assert episode.success[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     ["coverage=0.98", "speed=14", "smoothness=0.5", "action_noise=4", "replan=2", "seed=1", "start_seed=2000001"],
@@ -285,6 +286,7 @@ def test_a_job_that_was_stopped_goes_on(
     assert len((planning / "runs.jsonl").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_killed_job_leaves_no_process_and_its_work_is_gone_on_with(keypoints: Result, tmp_path: Path) -> None:
     root = tmp_path / "killed"
     words = command(root, env="pusht_keypoints", count=2, workers=2)

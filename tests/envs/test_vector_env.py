@@ -102,6 +102,7 @@ def test_an_action_for_each_look_works_in_workers_too(two: SubprocVectorEnv) -> 
     assert_same_bits(here, rolled_out(two, KINDS[1], [7, 8, 9], **ensembling))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "options", [{}, {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}], ids=["chunks", "mean"]

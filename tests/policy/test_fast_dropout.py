@@ -23,6 +23,7 @@ Tiny = Callable[..., Result]
 DROPS = ["+policy.use_vae=false", "+policy.dropout=0.1"]
 
 
+@pytest.mark.slow
 @given(p=st.floats(0.01, 0.9), shape=st.lists(st.integers(1, 40), min_size=1, max_size=3), seed=st.integers(0, 2**31))
 def test_it_drops_as_many_and_keeps_the_mean(p: float, shape: list[int], seed: int) -> None:
     torch.manual_seed(seed)

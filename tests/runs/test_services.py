@@ -18,6 +18,8 @@ from tests.helpers.runs import tiny_command
 from tests.helpers.wandb_runs import forget_settings, history, lines
 from tests.helpers.wandb_server import NOT_HELD_S, Server
 
+pytestmark = pytest.mark.slow
+
 STEPS = 200
 
 

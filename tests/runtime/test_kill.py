@@ -12,6 +12,8 @@ from tests.helpers.commands import Commands, appears
 from tests.helpers.processes import gone
 from tests.helpers.runs import tiny_command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 15), (signal.SIGTERM, 6)], ids=["KILL", "TERM"])
 def test_killed_again_and_again_it_comes_to_the_same_bits(number: int, kills: int, tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ def test_a_disk_that_takes_no_lock_is_an_error_of_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["same", "resume"])
 def test_two_jobs_do_not_write_to_one_directory(mode: str, tmp_path: Path, commands: Commands) -> None:
     run, output = tmp_path / "run", tmp_path / "output"

@@ -77,6 +77,7 @@ def state(run: Path) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.slow
 def test_training_stops_saved_at_the_end_of_a_step_and_goes_on_to_the_same_bits(
     tiny: Tiny, tmp_path: Path, job: Callable[..., Job]
 ) -> None:
@@ -102,6 +103,7 @@ def test_training_stops_saved_at_the_end_of_a_step_and_goes_on_to_the_same_bits(
     assert outcome(run) == outcome(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "at", "pending"),
     [
@@ -152,6 +154,7 @@ def test_without_checkpoints_it_says_so(tmp_path: Path, job: Callable[..., Job])
     assert "no checkpoint was written" in printed.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path, job: Callable[..., Job]) -> None:
     ten_seconds_a_step = ["batch_size=400", "policy.dim_model=256", "policy.chunk_size=100"]
     slow = job(*tiny_command("steps=9", *ten_seconds_a_step, f"output_dir={tmp_path / 'run'}"))
@@ -164,6 +167,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path, job: Callabl
     assert slow.seconds < 5
 
 
+@pytest.mark.slow
 @SIGNALS
 def test_an_evaluation_of_its_own_leaves_at_once_and_nothing_half_written(
     number: signal.Signals, tiny: Tiny, tmp_path: Path, job: Callable[..., Job]
@@ -179,6 +183,7 @@ def test_an_evaluation_of_its_own_leaves_at_once_and_nothing_half_written(
     assert stopping.seconds < AT_ONCE_S
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.04, 0.5])  # the first ones come while the workers begin
 def test_demonstrations_stop_at_once_and_leave_nothing(after: float, tmp_path: Path, job: Callable[..., Job]) -> None:
     target = tmp_path / "demos"
@@ -191,6 +196,7 @@ def test_demonstrations_stop_at_once_and_leave_nothing(after: float, tmp_path: P
     assert not target.exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_with_its_job(tmp_path: Path, job: Callable[..., Job]) -> None:
     command = tiny_command("steps=100000", "seed=1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     code, printed = job("-m", *command).stopped(signal.SIGTERM, "step 2/")
@@ -365,6 +371,7 @@ def by_threads() -> None:
         assert [future.result() for future in futures] == [3, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("work", [by_processes, by_threads], ids=lambda work: work.__name__)
 def test_a_signal_leaves_no_lock_behind(work: Callable[[], None]) -> None:
     former, nth, sent = signal.signal(signal.SIGTERM, signal.default_int_handler), 0, True

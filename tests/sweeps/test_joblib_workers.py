@@ -96,6 +96,7 @@ def mapped(job: Job) -> dict[str, tuple[str, int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = tiny_command("steps=800", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
@@ -135,6 +136,7 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
     assert [job.step for job in load_jobs(folder)] == [None, None, 800, 800]
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_stops_its_jobs(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     command = tiny_command("steps=1000000", "log_freq=2", "seed=1,2,3", *JOBLIB)

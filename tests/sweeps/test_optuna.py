@@ -47,6 +47,7 @@ def done(directory: Path) -> list[tuple[Any, ...]]:
     return [(each.number, each.state, each.overrides, each.step, each.objective) for each in load_jobs(directory)]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tmp_path: Path) -> None:
     """In the second job of a batch; with random trials before it and TPE's after it."""
     command = [
@@ -94,6 +95,7 @@ def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tm
     assert states(output.read_text())[6] == ["6", "done", "1"]
 
 
+@pytest.mark.slow
 def test_bad_trials_are_pruned(commands: Commands, tmp_path: Path) -> None:
     folder, output = tmp_path / "sweep", tmp_path / "output"
     command = [
@@ -118,6 +120,7 @@ def test_bad_trials_are_pruned(commands: Commands, tmp_path: Path) -> None:
     assert [ran(folder / str(job)) for job in range(5)] == [1] * 5
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_tried_again_and_the_others_go_on(commands: Commands, tmp_path: Path) -> None:
     folder, output = tmp_path / "sweep", tmp_path / "output"
     space = ["policy.n_heads=choice(3)", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "sweep.max_tries=2"]

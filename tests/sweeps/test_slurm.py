@@ -22,6 +22,7 @@ from tests.helpers.sweeps import ran, states
 from tests.helpers.training import assert_same_bits
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
     pytest.mark.timeout(1500),  # on a loaded machine; alone three minutes
 ]

@@ -80,6 +80,7 @@ def trained(run: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in METRICS) + '{"step": 300, "trai')
 
 
+@pytest.mark.slow
 def test_a_real_sweep_while_it_runs_and_after_its_process_was_killed(
     commands: Commands, tmp_path: Path, status: Callable[[Path], list[dict[str, str]]]
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_job_whose_process_is_gone_was_interrupted(begun: Path) -> None:
     assert [row[-2] for row in rows] == ["seed=1", "mode=test seed=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "grid"),
     [(signal.SIGKILL, ["sweep=seeds", "hydra.sweeper.params.seed='1,2,3'"]), (signal.SIGTERM, ["seed=1,2,3"])],
@@ -142,6 +143,7 @@ def test_a_sweep_that_was_cut_short_comes_to_the_same_bits(
         assert outcome(whole / job) == outcome(cut / job)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_stops_no_other_and_is_tried_again_so_often(commands: Commands, tmp_path: Path) -> None:
     folder, output = tmp_path / "sweep", tmp_path / "output"
     command = ["-m", *tiny_command("policy.n_heads=3,4"), "sweep.max_tries=2", f"hydra.sweep.dir={folder}"]

@@ -53,6 +53,7 @@ def test_a_run_can_wait(tiny: Tiny, late: Late) -> None:
     assert late.threads == ["MainThread"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_killed_again_and_again_it_comes_to_the_same(lag: int, waited: Path, tiny: Tiny, late: Late) -> None:
     """Before the result of an evaluation, after it and before the next save, after a save in between."""

@@ -157,6 +157,7 @@ def waited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("evaluation", "save"), [(1, 2), (2, 1), (2, 2)])
 def test_killed_again_and_again_it_comes_to_the_same(
     evaluation: int, save: int, waited: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +231,7 @@ def test_a_save_under_way_is_finished_where_an_error_ends_the_run(
     assert slow.steps_meanwhile == [1]
 
 
+@pytest.mark.slow
 def test_killed_for_real_amid_a_save_it_comes_to_the_same(tiny: Tiny, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ["steps=400", "save_freq=1", "log_freq=50", "checkpoints.keep_last=3"]
     training = subprocess.Popen(

@@ -78,6 +78,7 @@ def whole(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_torchruns_processes_come_to_what_one_does(tiny: Tiny, tmp_path: Path) -> None:
     """On from one process's checkpoint, over the end of an epoch: 377 samples, so that a batch has one row."""
     options = [*WITHOUT_NOISE, "batch_size=94", "steps=10", "save_freq=4", "+optimizer.eps=1e-4"]
@@ -97,6 +98,7 @@ def test_torchruns_processes_come_to_what_one_does(tiny: Tiny, tmp_path: Path) -
     assert states[0]["sampler"] == states[1]["sampler"] == {"epoch": 1, "start_index": 377}
 
 
+@pytest.mark.slow
 def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_same_bits(
     whole: Path, tmp_path: Path, commands: Commands
 ) -> None:
@@ -131,12 +133,14 @@ def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_s
     assert outcome(whole) == outcome(run)
 
 
+@pytest.mark.slow
 def test_each_process_has_noise_of_its_own(whole: Path) -> None:
     streams = [load_file(path) for path in sorted((whole / "checkpoints/last/training_state").glob("rng_state*"))]
     assert len(streams) == 2
     assert not torch.equal(streams[0]["torch_rng_state"], streams[1]["torch_rng_state"])
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_the_data_and_says_what_is_not_exact(
     whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -150,6 +154,7 @@ def test_one_process_goes_on_with_the_data_and_says_what_is_not_exact(
     assert len(list((branch / "checkpoints/last/training_state").glob("rng_state*"))) == 1
 
 
+@pytest.mark.slow
 def test_all_go_back_when_a_loss_in_one_is_not_finite(
     commands: Commands, tiny: Tiny, tmp_path: Path, broken_dataset: Path
 ) -> None:
@@ -167,6 +172,7 @@ def test_all_go_back_when_a_loss_in_one_is_not_finite(
         assert a == pytest.approx(b, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "second", "message"),
     [

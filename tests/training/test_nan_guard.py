@@ -167,6 +167,7 @@ def test_after_too_many_the_run_goes_back_and_on_in_another_order(broken: Any, c
     assert metrics(parts, "") == metrics(whole, "")
 
 
+@pytest.mark.slow
 def test_a_run_that_always_diverges_stops_and_its_last_checkpoint_is_sound(
     tiny: Callable[..., Result], tmp_path: Path
 ) -> None:

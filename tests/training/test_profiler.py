@@ -23,6 +23,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, tuple[float, int]]
     ]
 
 
+@pytest.mark.slow
 def test_a_profile_tells_where_the_time_goes(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run = tiny(*LONG, "train.profile=true").output_dir
@@ -41,6 +42,7 @@ def test_a_profile_tells_where_the_time_goes(tiny: Tiny, caplog: pytest.LogCaptu
         assert last[seldom][0] > first[seldom][0], "at the last step"
 
 
+@pytest.mark.slow
 def test_nothing_is_profiled_unasked_and_the_training_is_the_same(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -74,6 +74,7 @@ def keypoints(keypoints_dataset: Path) -> FrameDataset:
     return open_lerobot_dataset(dataset_config(keypoints_dataset))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "use_vae", "precision"),
     [
@@ -215,6 +216,7 @@ def test_one_size_is_compiled_once_and_no_name_changes(
     assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(compiled), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_compiled_run_resumes_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> None:
     """Near the plain run, whose dropout draws other numbers; step 3 is an epoch's short batch, 71 = 32 + 32 + 7."""
