@@ -90,7 +90,8 @@ def _is_left_alone(job: Job, max_tries: int) -> bool:
 
 def _check_same_job(directory: Path, number: int, overrides: list[str]) -> None:
     """Refuse a job whose overrides have changed since the sweep was started, such as by editing a preset."""
-    # Optuna chooses the overrides of a job later, and a sweep may be given more trials: then nothing is recorded.
+    # Optuna chooses the overrides of a job later, and a sweep may be given more trials on resume. In both cases nothing
+    # is recorded for the job.
     grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
     was, now = result_overrides(grid[number] if number < len(grid) else []), result_overrides(overrides)
     if was and was != now:
