@@ -127,6 +127,7 @@ def latest_valid(run: RunDir, most: int | None = None) -> tuple[Checkpoint | Non
     target = Path(os.path.realpath(link))
     steps = [path for path in run.checkpoints.glob("*") if path.name.isdigit()]
     others = sorted((path for path in steps if path.resolve() != target), key=lambda path: int(path.name), reverse=True)
+    # Checkpoints without a link that works: something went wrong, so falling back to one of them is worth a line.
     if not link.exists() and (steps or link.is_symlink()):
         wrong.append(f"{link} points to {target.name}, which is missing" if link.is_symlink() else f"{link} is missing")
     # `last` comes first even where another one has a higher step: a run that was resumed from an earlier step leaves

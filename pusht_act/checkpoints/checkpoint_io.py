@@ -111,6 +111,7 @@ def snapshot(components: TrainComponents, state: TrainerState, to_cpu: bool) -> 
         to_cpu: Copy weights and moments to the host's memory, so that training can continue while they are written.
     """
     policy, optimizer = components.policy, components.optimizer.state_dict()
+    # state_dict() returns the live tensors, which the next step changes in place.
     if to_cpu:
         policy = copy.deepcopy(policy).to("cpu")
         moments = {
@@ -161,6 +162,7 @@ def save(
     needed = 0
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
+        # A save that was killed may have left files under the same name.
         remove_temp_files(run)
         # Refuse before anything is written: a disk that is full in the end fails other programs, too.
         needed = _bytes_needed(run, snapshot.components.policy)
@@ -196,7 +198,8 @@ def _write(
     components.processors.post.save_pretrained(model)
     train_config.save_pretrained(model)
     (model / METADATA_FILE).write_text(json.dumps(record, indent=2))
-    # What LeRobot's `save_training_state` does, but with the values of the snapshot.
+    # What LeRobot's `save_training_state` does, but with the values of the snapshot. It records a single process, since
+    # our batch size is that of all ranks together.
     save_training_step(state.step, training, num_processes=1, batch_size=train_config.batch_size)
     for process, random_state in enumerate(snapshot.random):
         save_file(random_state, training / _rng_file(process))
@@ -204,6 +207,7 @@ def _write(
     if snapshot.scheduler is not None:
         write_json(snapshot.scheduler, training / SCHEDULER_STATE)
     (training / METADATA_FILE).write_text(json.dumps(asdict(state), indent=2))
+    # Last, since it describes all other files.
     write_manifest(part)
     for path in [*part.rglob("*"), part]:
         fsync(path)

@@ -33,6 +33,7 @@ def download(repo_id: str, key: str) -> Path:
             f"{key}={repo_id} is not a local path and cannot be fetched from the Hub ({type(error).__name__}): "
             "give a path such as outputs/act_pusht/train/checkpoints/last"
         ) from error
+    # A repository of any kind can be downloaded.
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{key}={repo_id} holds no LeRobot policy (no config.json)")
     return folder
@@ -54,6 +55,7 @@ def check_can_push(repo_id: str | None, section: str = "policy") -> None:
             f"{section}.push_to_hub=true needs a place to push to: give {section}.repo_id=USER/NAME or set "
             "YOUR_PROJECT_NAME"
         )
+    # The Hub would refuse a malformed name only at the upload.
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -99,6 +101,7 @@ def model_card(config: Config, metrics: dict[str, float], command: str) -> str:
     """Return the README.md of a model: task, data, result with its interval, command, versions."""
     from huggingface_hub import ModelCardData
 
+    # The built-in demonstrations are not on the Hub, so there is nothing to link to.
     data = ModelCardData(
         library_name="lerobot",
         pipeline_tag="robotics",

@@ -25,6 +25,7 @@ RESUME_FILES = (
 
 def write_manifest(folder: Path) -> None:
     """Write the manifest of all files that are in `folder` now."""
+    # Names are relative, so that a checkpoint can be moved.
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files

@@ -39,6 +39,7 @@ def check_safe_to_load(model: Path) -> None:
     Raises:
         UserError: a file asks for something else; the message names both.
     """
+    # A pickle beside safetensors does no harm, since nobody reads it.
     weights = model / "model.safetensors"
     pickles = sorted(path.name for path in model.iterdir() if path.suffix in PICKLES)
     if pickles and not weights.exists():
@@ -51,6 +52,7 @@ def check_safe_to_load(model: Path) -> None:
             content = _read(model / name)
             _check_plain(model / name, content)
             _check_sections(model / name, content)
+    # Of a known policy, the sizes can be checked against the weights, and the steps against LeRobot's own.
     policy = _read(model / "config.json")
     if policy.get("type") != "act":
         raise UserError(f"{model} holds a policy of type {policy.get('type')}: this project trains and evaluates act")

@@ -40,6 +40,7 @@ class JsonlLogger:
     def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
         unwritten = self._unwritten
         self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        # write() may take only a part, and the rest begins the next line's write.
         try:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
@@ -73,6 +74,7 @@ def _rewind(path: Path, resumed_at: int, pending: int | None, rollbacks: int) ->
             if values["step"] <= resumed_at and not is_repeated and values.get("rollback/number", 0) <= rollbacks:
                 kept.append(line + "\n")
         except ValueError:
+            # Torn by a crash in the middle of a write.
             continue
     write_text(path, "".join(kept))
 

@@ -72,6 +72,7 @@ def log_file(run: RunDir) -> Iterator[None]:
     try:
         yield
     finally:
+        # The next job of a sweep runs in the same process and has a file of its own.
         logging.getLogger().removeHandler(handler)
         handler.close()
 
@@ -100,6 +101,7 @@ def git_commit() -> str | None:
         # An installed package may lie within somebody else's repository, which does not track this file.
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         sha = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        # -uno: files that git does not know, such as run directories, are no changes of the source.
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -44,6 +44,7 @@ class RunDir:
 
     def has_checkpoints(self) -> bool:
         """Return whether a checkpoint was ever saved here, valid or not."""
+        # A link that points nowhere counts: a resume should say what happened, and not start from scratch.
         steps = (path.name.isdigit() for path in self.checkpoints.glob("*"))
         return (self.checkpoints / "last").is_symlink() or any(steps)
 
@@ -58,6 +59,7 @@ class RunDir:
 
     def configuration(self) -> dict[str, Any]:
         """Return config.yaml as the last start wrote it; empty if there is none that can be read."""
+        # After a crash of the machine the file may have any content, also valid YAML that is no mapping.
         try:
             content = yaml.safe_load((self.path / CONFIG_FILE).read_text())
         except (OSError, ValueError, yaml.YAMLError):
@@ -84,6 +86,7 @@ def ensure_unused(
     """
     if _in_use(path) and not overwrite:
         raise FileExistsError(f"output_dir={path} is in use: {remedy}, or move it aside with overwrite=true")
+    # If it were renamed, the process and the user's shell would find themselves in the former run.
     if _in_use(path) and Path.cwd().is_relative_to(path.resolve()):
         raise FileExistsError(f"output_dir={path} is the working directory or above it: give a folder of the run's own")
 
@@ -92,6 +95,7 @@ def move_aside(path: Path) -> Path | None:
     """Rename a run directory in use to PATH.old-N and return that; nothing is ever deleted."""
     if not _in_use(path):
         return None
+    # The first free number, so that former runs keep their names.
     names = (path.with_name(f"{path.name}.old-{n}") for n in itertools.count(1))
     return path.rename(next(name for name in names if not name.exists()))
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 
 def part_path(path: Path) -> Path:
@@ -22,6 +23,7 @@ def part_path(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to the file `path`, which one process at a time may do."""
+    # A rename is atomic only within a file system, so the temporary file lies beside the target.
     part = part_path(path)
     part.write_text(text)
     part.replace(path)
@@ -33,7 +35,7 @@ def shared_file(path: Path) -> Iterator[Path]:
 
     Each has a temporary name of its own; the last one to finish wins. Nothing is left if the block raises.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")
     try:
         yield part
         part.replace(path)
@@ -44,6 +46,7 @@ def shared_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def new_dir(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill, which replaces the folder `path` after the block; nothing is left if it raises."""
+    # A process that was killed may have left its folder.
     part = part_path(path)
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -51,6 +54,7 @@ def new_dir(path: Path) -> Iterator[Path]:
         yield part
         replace_dir(part, path)
     except BaseException:
+        # A signal, too, leaves nothing behind.
         shutil.rmtree(part, ignore_errors=True)
         raise
 
@@ -101,6 +105,7 @@ def delete(path: Path) -> None:
 
 def fsync(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, are on the disk."""
+    # A folder can be opened for reading only, which is enough.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], text: Col
         rows: The cells of each row, one for each column.
         text: The names of columns that hold words, which are aligned left. All others hold numbers: right.
     """
+    # A bar within a cell would end it.
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     # A last column of words is not padded: one long cell would make every line as long.

@@ -47,7 +47,7 @@ class SweepCallback(Callback):  # type: ignore[misc]
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Record the sweep; Hydra calls this in the process of the command, before it launches jobs."""
-        task, hydras = (_unresolved(each) for each in (config.hydra.overrides.task, config.hydra.overrides.hydra))
+        task, hydras = map(_unresolved, (config.hydra.overrides.task, config.hydra.overrides.hydra))
         grid = _grid(config, task)
         if config.cluster.dry_run:
             _show_script(config.hydra, max(len(grid), 1))

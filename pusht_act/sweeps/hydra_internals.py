@@ -27,5 +27,6 @@ def expand_grid(overrides: Sequence[str]) -> list[list[str]]:
         # Split into batches of `max_batch_size` jobs; None: a single batch.
         batches: list[list[list[str]]] = BasicSweeper.split_arguments(parsed, None)
     except HydraException:
+        # Raised here, in a callback, it would be a warning only.
         return []
     return batches[0]

@@ -125,7 +125,7 @@ def stopping() -> bool:
 def _gpus() -> list[str]:
     """Return the GPUs that CUDA may use, as CUDA_VISIBLE_DEVICES names them."""
     if (named := os.environ.get(GPUS)) is not None:
-        return [each for each in named.split(",") if each]
+        return [gpu for gpu in named.split(",") if gpu]
     try:
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()

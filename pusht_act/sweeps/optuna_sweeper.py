@@ -63,6 +63,7 @@ def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
         total = max(options.n_trials, len(study.trials))
         for first in range(0, total, options.n_jobs):
             numbers = range(first, min(first + options.n_jobs, total))
+            # The whole batch is chosen before any of it runs, so that it does not matter which job ends first.
             overrides = [[*fixed, *_suggest(study, number, space, options)] for number in numbers]
             undone = [number for number in numbers if _wait_until_idle(directory, number).state not in FINISHED]
             if undone:
@@ -204,6 +205,7 @@ def _report(study: "Study", found: Job) -> None:
     """Finish the trial of a job in the study, unless it is finished or the job is not."""
     from optuna.trial import TrialState
 
+    # Optuna refuses to change a trial that is finished.
     if found.state not in FINISHED or study.get_trials(deepcopy=False)[found.number].state.is_finished():
         return
     if found.state == "pruned":

@@ -32,6 +32,7 @@ def expand_resume_args(argv: Sequence[str]) -> list[str]:
     """
     # Before Hydra: it composes the first job as soon as it runs.
     given = dict(argument.partition("=")[::2] for argument in argv)
+    # Without -m Hydra would ignore options of a sweep, with it run a sweep of status tables.
     multirun = not {"-m", "--multirun"}.isdisjoint(argv)
     if given.get("cluster.dry_run", "false").lower() == "true" and not multirun:
         raise UserError("cluster.dry_run=true shows the script of a sweep: give -m too")
@@ -71,6 +72,7 @@ def _check_same_sweep(argv: Sequence[str], folder: str) -> None:
     recorded = read_identity(Path(folder))
     if recorded is None:
         return
+    # In the same order, too, since that numbers the jobs.
     was, now = result_overrides(recorded), result_overrides(recorded_overrides(argv))
     if now != was:
         raise UserError(

@@ -41,25 +41,15 @@ def run_sweep_job(
     directory, number = Path(node.sweep.dir), int(node.job.num)
     overrides = list(node.overrides.task)
     _check_same_job(directory, number, overrides)
-
-    # A job that is finished, running elsewhere or hopeless is left alone.
     found = load_job(directory, number, overrides)
-    if found.state in FINISHED:
-        log.info("job %d is %s already", number, found.state)
-        return found.objective
-    if found.state == "running":
-        log.warning("job %d is already running: process %s on %s", number, found.holder["pid"], found.holder["host"])
-        return None
-    if found.state == "failed" and found.failures >= cfg.sweep.max_tries:
-        log.warning(
-            "job %d is left alone, it failed %d times (sweep.max_tries): %s", number, found.failures, found.error
-        )
-        return None
+    if _is_left_alone(found, cfg.sweep.max_tries):
+        return found.objective if found.state in FINISHED else None
 
     # One that was interrupted resumes from its own last checkpoint.
     if found.tries and cfg.mode in (Mode.test, Mode.full):
         cfg.resume.auto = True
-    given = any(each.startswith("output_dir=") for each in found.overrides)
+    # Hydra gives each job a folder, unless the sweep names one itself.
+    given = any(override.startswith("output_dir=") for override in found.overrides)
     output_dir = str(Path(cfg.output_dir).absolute() if given else node.runtime.output_dir)
     started = Job(
         number, found.overrides, "running", found.tries + 1, found.failures,
@@ -82,8 +72,26 @@ def run_sweep_job(
     return ended.objective
 
 
+def _is_left_alone(job: Job, max_tries: int) -> bool:
+    """Return whether a job must not be run, and log why: it is finished, running or has failed too often."""
+    if job.state in FINISHED:
+        log.info("job %d is %s already", job.number, job.state)
+        return True
+    if job.state == "running":
+        log.warning("job %d is already running: process %s on %s", job.number, job.holder["pid"], job.holder["host"])
+        return True
+    if job.state == "failed" and job.failures >= max_tries:
+        log.warning(
+            "job %d is left alone, it failed %d times (sweep.max_tries): %s", job.number, job.failures, job.error
+        )
+        return True
+    return False
+
+
 def _check_same_job(directory: Path, number: int, overrides: list[str]) -> None:
     """Refuse a job whose overrides have changed since the sweep was started, such as by editing a preset."""
+    # Optuna chooses the overrides of a job later, and a sweep may be given more trials on resume. In both cases nothing
+    # is recorded for the job.
     grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
     was, now = result_overrides(grid[number] if number < len(grid) else []), result_overrides(overrides)
     if was and was != now:

@@ -79,6 +79,7 @@ def load_job(directory: Path, number: int, overrides: list[str]) -> Job:
 
 def recorded_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that identify a sweep: all but its folder, those of its jobs before Hydra's own."""
+    # A sweep stays the same one where it is moved.
     left_out = ("hydra.sweep.dir=", "hydra.mode=", "-m", "--multirun")
     kept = [override for override in overrides if not override.startswith(left_out)]
     return sorted(kept, key=lambda override: override.startswith(("hydra.", "hydra/")))
@@ -114,6 +115,7 @@ def read_identity(directory: Path) -> list[str] | None:
 
 def _read_job(path: Path) -> Job | None:
     """Return what the file of a job says; None if there is none that can be read."""
+    # Another process may have removed it, and a version of another time may have other fields (TypeError).
     try:
         return Job(**json.loads(path.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -125,7 +127,7 @@ def _is_alive(found: Job, path: Path) -> bool:
     try:
         # On another machine only signs of life tell: the job touches the lock of its run directory every 30 s.
         lock = Path(found.output_dir) / LOCK
-        touched = max(each.stat().st_mtime for each in (path, lock) if each.exists())
+        touched = max(file.stat().st_mtime for file in (path, lock) if file.exists())
         return LockOwner.read(found.holder).alive(time.time() - touched)
     except (OSError, TypeError, ValueError):
         # Removed just now, or not written by this program.

@@ -23,6 +23,7 @@ def format_jobs(jobs: Sequence["Job"], more: Sequence[dict[str, str]] = ()) -> l
     """
     if not jobs:
         return []
+    # Overrides that all jobs share tell nothing about the differences between them.
     common = _common(jobs)
     # The metric names its column, unless it is the usual one.
     metrics = {job.metric for job in jobs if job.tries} - {Metric.pc_success.value} or {"success"}

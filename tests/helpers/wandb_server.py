@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pusht_act.runs import loggers as metrics_module
+from pusht_act.runs import wandb_logger
 from tests.helpers.wandb_runs import forget_settings
 
 HOLD_S, NOT_HELD_S = 600.0, 200.0
@@ -60,7 +60,7 @@ def server(nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(metrics_module, "WANDB_FINISH_S", 3.0)
+    monkeypatch.setattr(wandb_logger, "WANDB_FINISH_S", 3.0)
     forget_settings(monkeypatch)
     yield server
     server.closing.set()
