@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pusht_act.config.aliases import rename_overrides
+from pusht_act.config.overrides import is_output_dir_typed
 from pusht_act.config.schema import Metric, Mode
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import Holder
@@ -110,7 +112,7 @@ def run_sweep_job(
         return None
     if found.tries and cfg.mode in (Mode.test, Mode.full):
         cfg.resume.auto = True
-    given = any(each.startswith("output_dir=") for each in found.overrides)
+    given = is_output_dir_typed(found.overrides)
     output_dir = str(Path(cfg.output_dir).absolute() if given else node.runtime.output_dir)
     began = Job(
         number, found.overrides, "running", found.tries + 1, found.failures,
@@ -134,7 +136,8 @@ def run_sweep_job(
 def _check_same(directory: Path, number: int, overrides: list[str]) -> None:
     """Refuse a job that is another one than when the sweep was begun, such as by a preset that was edited since."""
     grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
-    was, now = result_overrides(grid[number] if number < len(grid) else []), result_overrides(overrides)
+    recorded = rename_overrides(grid[number], quiet=True) if number < len(grid) else []
+    was, now = result_overrides(recorded), result_overrides(overrides)
     if was and was != now:
         raise UserError(
             f"job {number} of the sweep in {directory} {describe_difference(was, now)}: conf/ has changed since; "
