@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,8 +23,17 @@ if "SLURM_CPUS_PER_TASK" in os.environ:
 warnings.filterwarnings("ignore", message="pkg_resources is deprecated", category=UserWarning)
 
 
+def __getattr__(name: str) -> Any:
+    # Looked up when it is asked for: importlib.metadata costs more than all of this module.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pusht-act")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "Sequence[Transform]" = ()) -> "Result":
-    """Do what `pusht-act OVERRIDES` does and return its result, for notebooks; see `pusht_act.main.run`."""
+    """Run what `pusht-act OVERRIDES` runs and return its result, for notebooks; see `pusht_act.main.run`."""
     from pusht_act.main import run
 
     return run(overrides, loss=loss, transforms=transforms)

@@ -1,10 +1,14 @@
-"""One job from its composed configuration: check it, find its checkpoint and run directory, then do its mode.
+"""One job: resolve its composed configuration, checkpoint and run directory once, then run its mode.
+
+    DictConfig, overrides, choices  -> ResolvedJob  -> train, evaluate or generate demonstrations  -> Result
 
 What can be refused is refused before torch and lerobot are imported, which takes seconds.
 """
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +29,9 @@ from pusht_act.checkpoints.resume import (
 from pusht_act.checkpoints.retention import finish_cleanup
 from pusht_act.checkpoints.safe_loading import check_safe_to_load
 from pusht_act.config.lerobot_command import lerobot_command
-from pusht_act.config.lerobot_imports import import_policies
-from pusht_act.config.overrides import check_overrides
+from pusht_act.config.overrides import check_overrides, check_typed_values, is_output_dir_typed
 from pusht_act.config.schema import TRAIN_MODES, Config, Mode, to_dict
-from pusht_act.config.validation import check_processes, check_share, to_config
+from pusht_act.config.validation import check_processes, check_share, check_target, to_config
 from pusht_act.runs.provenance import command_line, log_file, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 from pusht_act.runtime.distributed import PeerLostError, broadcast_from_main, raise_on_any_rank, world_size
@@ -65,6 +68,32 @@ class Result:
         return self.metrics.get("pc_success")
 
 
+@dataclass(frozen=True)
+class ResolvedJob:
+    """A job about which nothing is left to be decided."""
+
+    config: Config
+    """Validated; that of mode=resume and mode=eval is merged with the checkpoint's."""
+    start: Checkpoint | None
+    """The checkpoint that it continues or evaluates."""
+    run: RunDir
+    lock: Lock | None
+    """Of the run directory, held; None in the modes that do not train."""
+    overrides: list[str]
+    """The command line that it came from."""
+    choices: dict[str, str | None]
+    """The chosen option of each configuration group."""
+    report: "Report | None" = None
+    """Told the evaluations in training, which it may end early."""
+    extensions: "Extensions | None" = None
+    """A loss and transforms in place of the defaults."""
+
+    @property
+    def auto_resumes(self) -> bool:
+        """Whether it continues the same job's work if there is any."""
+        return self.config.mode in TRAIN_MODES and self.config.resume.auto
+
+
 def run_job(
     cfg: DictConfig,
     overrides: list[str],
@@ -72,27 +101,33 @@ def run_job(
     report: "Report | None" = None,
     extensions: "Extensions | None" = None,
 ) -> Result:
-    """Do the job that `cfg` describes; its evaluations in training are told to `report`, which may end that early.
+    """Run the job that `cfg` describes.
 
-    `extensions` are a loss and transforms in place of the defaults.
+    Args:
+        cfg: The composed configuration, without Hydra's own node.
+        overrides: The command line that it was composed from.
+        choices: The chosen option of each configuration group.
+        report: Told the evaluations in training, which it may end early.
+        extensions: A loss and transforms in place of the defaults.
 
     Raises:
         UserError, OSError: the user's to mend; nothing was written.
     """
     check_overrides(cfg, overrides)
-    checked = to_config(cfg)
-    if cfg.print_lerobot_command:
-        config, start = _resolve_config(cfg, overrides, choices)
-        print(lerobot_command(config, start.model_dir if start is not None else None))
-        return Result(Path(cfg.output_dir))
-    check_processes(cfg.mode, cfg.train.profile, world_size())
-    if cfg.mode is Mode.eval:
-        return _evaluate(*_resolve_config(cfg, overrides, choices), overrides)
-    if cfg.mode is Mode.demos:
-        return _generate_demos(checked, overrides)
-    with locked(resolve_run_dir(cfg, overrides)) as lock:
-        config, start = _resolve_config(cfg, overrides, choices)
-        return _train(config, start, overrides, choices, lock, report, extensions)
+    if not cfg.print_lerobot_command:
+        check_processes(cfg.mode, cfg.train.profile, world_size())
+    with _resolve(cfg, overrides, choices) as resolved:
+        job = dataclasses.replace(resolved, report=report, extensions=extensions)
+        if job.config.print_lerobot_command:
+            print(lerobot_command(job.config, job.start.model_dir if job.start is not None else None))
+            return Result(job.run.path)
+        match job.config.mode:
+            case Mode.eval:
+                return _evaluate(job)
+            case Mode.demos:
+                return _generate_demos(job)
+            case _:
+                return _train(job)
 
 
 def run_worker(extensions: "Extensions | None" = None) -> Result:
@@ -113,7 +148,6 @@ def run_worker(extensions: "Extensions | None" = None) -> Result:
 
 def _build_trainer(config: Config, start: Checkpoint | None, extensions: "Extensions | None") -> "Trainer":
     """Build the trainer on every rank; the first import of torch and lerobot."""
-    import_policies()
     from pusht_act.config.lerobot import decode
     from pusht_act.training.build import DEFAULTS, build_trainer
 
@@ -122,16 +156,48 @@ def _build_trainer(config: Config, start: Checkpoint | None, extensions: "Extens
     return build_trainer(config, lerobot, start, extensions or DEFAULTS)
 
 
-def _resolve_config(
-    cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]
+@contextmanager
+def _resolve(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> Iterator[ResolvedJob]:
+    """Decide all that a job needs, and hold the lock of its run directory if it trains.
+
+    Its configuration is validated once: at once where it is complete, else when the checkpoint's is merged with it.
+    """
+    match cfg.mode:
+        case Mode.eval:
+            yield _resolve_evaluation(cfg, overrides, choices)
+        case Mode.demos:
+            config = to_config(cfg)
+            yield ResolvedJob(config, None, RunDir(Path(config.output_dir)), None, overrides, choices)
+        case _:
+            complete = to_config(cfg) if cfg.mode in TRAIN_MODES else None
+            if complete is None:
+                check_typed_values(cfg, overrides)
+            run = RunDir(resolve_run_dir(cfg, overrides))
+            # From here to the end of training no other process may choose a checkpoint of this run, or write one.
+            with nullcontext() if cfg.print_lerobot_command else locked(run.path) as lock:
+                config, start = _resolve_training(cfg, complete, run, overrides, choices)
+                yield ResolvedJob(config, start, run, lock, overrides, choices)
+
+
+def _resolve_evaluation(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> ResolvedJob:
+    check_typed_values(cfg, overrides)
+    check_target(cfg.mode, cfg.checkpoint, None)
+    checkpoint = _resolve_checkpoint(cfg.checkpoint, "checkpoint")
+    config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False))
+    beside = None if is_output_dir_typed(overrides) else checkpoint.run_dir
+    return ResolvedJob(config, checkpoint, RunDir(beside or Path(config.output_dir)), None, overrides, choices)
+
+
+def _resolve_training(
+    cfg: DictConfig, complete: Config | None, run: RunDir, overrides: list[str], choices: dict[str, str | None]
 ) -> tuple[Config, Checkpoint | None]:
-    """The job's configuration, and the checkpoint that mode=resume or mode=eval was given."""
-    if cfg.mode is Mode.eval:
-        checkpoint = _resolve_checkpoint(cfg.checkpoint, "checkpoint")
-        return to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False)), checkpoint
-    if cfg.mode is Mode.resume:
-        cfg.output_dir = str(resolve_run_dir(cfg, overrides))
-        checkpoint = checkpoint_to_resume(cfg, Path(cfg.output_dir))
+    """Return the configuration of a job that trains in `run`, and the checkpoint that it continues.
+
+    `complete` is the configuration of mode=test or mode=full; mode=resume takes it from the checkpoint.
+    """
+    if complete is None:
+        cfg.output_dir = str(run.path)
+        checkpoint = checkpoint_to_resume(cfg, run.path)
         check_safe_to_load(checkpoint.model_dir)
         config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
         if _is_finished(checkpoint, config):
@@ -139,10 +205,10 @@ def _resolve_config(
                 f"steps={config.steps}: {checkpoint.directory} is at step {checkpoint.step} already; give more steps="
             )
         return config, checkpoint
-    config = to_config(cfg)
-    if cfg.mode in TRAIN_MODES and (name := config.policy.get("pretrained_path")):
-        config.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model_dir)
-    return config, None
+    if name := complete.policy.get("pretrained_path"):
+        complete.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model_dir)
+    resumes = complete.resume.auto and not complete.print_lerobot_command
+    return complete, auto_resume_checkpoint(complete, run) if resumes else None
 
 
 def _resolve_checkpoint(name: str, key: str) -> Checkpoint:
@@ -159,33 +225,26 @@ def _resolve_checkpoint(name: str, key: str) -> Checkpoint:
     return checkpoint
 
 
-def _train(
-    config: Config,
-    start: Checkpoint | None,
-    overrides: list[str],
-    choices: dict[str, str | None],
-    lock: Lock,
-    report: "Report | None",
-    extensions: "Extensions | None",
-) -> Result:
-    run = RunDir(Path(config.output_dir))
-    again = config.mode is not Mode.resume and config.resume.auto
-    if again and (start := auto_resume_checkpoint(config, run)) is not None and _is_finished(start, config):
-        return _finished_result(config, run, start)
+def _train(job: ResolvedJob) -> Result:
+    config, start, run = job.config, job.start, job.run
+    overrides, choices, report = job.overrides, job.choices, job.report
+    if job.auto_resumes and start is not None and _is_finished(start, config):
+        return _finished_result(job, start)
     check_share(config.batch_size, world_size())
     _check_can_push(config)
     branches_off = start is None or start.run_dir != run.path.resolve()
-    if again and has_no_checkpoint_yet(run):
+    if job.auto_resumes and has_no_checkpoint_yet(run):
         branches_off = False
     if branches_off:
         ensure_unused(run.path, config.overwrite)
 
     broadcast_from_main((config, start))
-    trainer = _build_trainer(config, start, extensions)
+    trainer = _build_trainer(config, start, job.extensions)
     metadata: dict[str, Any] = {"config": to_dict(config), "choices": choices}
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
-        lock.relock(moved)
+        assert job.lock is not None
+        job.lock.relock(moved)
     write_provenance(run, to_dict(config), overrides)
     with log_file(run):
         if start is not None:
@@ -193,7 +252,7 @@ def _train(
         try:
             training = trainer.fit(run, metadata, report)
         except StopSignal as stopped:
-            _print_how_to_resume(stopped, config, run, overrides)
+            _print_how_to_resume(stopped, job)
             raise
         except PeerLostError as lost:
             lost.reported = True
@@ -201,8 +260,8 @@ def _train(
             raise
     evaluation = training.evaluation
     if training.checkpoint is not None and not training.pruned:
-        _push(config, training.checkpoint, evaluation.metrics if evaluation else {}, overrides)
-    _print_next_steps(config, run, overrides, evaluation.film_strip if evaluation else None)
+        _push(job, training.checkpoint, evaluation.metrics if evaluation else {})
+    _print_next_steps(job, evaluation.film_strip if evaluation else None)
     return Result(
         output_dir=run.path,
         step=training.step,
@@ -218,15 +277,17 @@ def _is_finished(checkpoint: Checkpoint, config: Config) -> bool:
     return checkpoint.step >= config.steps and checkpoint.pending is None
 
 
-def _finished_result(config: Config, run: RunDir, checkpoint: Checkpoint) -> Result:
-    """What the run that ended with `checkpoint` came to."""
-    finish_cleanup(run, config, checkpoint)
+def _finished_result(job: ResolvedJob, checkpoint: Checkpoint) -> Result:
+    """Return the result of the run that ended with `checkpoint`."""
+    run = job.run
+    finish_cleanup(run, job.config, checkpoint)
     log.info("%s is finished: step %d; more steps= would go on", run.path, checkpoint.step)
     return Result(run.path, checkpoint.step, run.metrics_of(checkpoint.step), checkpoint.directory)
 
 
-def _print_how_to_resume(stopped: StopSignal, config: Config, run: RunDir, overrides: list[str]) -> None:
-    """In a line, which train.log has too."""
+def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
+    """Log the command that continues a run which a signal has stopped; train.log has the line, too."""
+    config, run, overrides = job.config, job.run, job.overrides
     stopped.reported = True
     if stopped.checkpoint is None:
         log.warning("%s, no checkpoint was written", stopped)
@@ -240,24 +301,25 @@ def _print_how_to_resume(stopped: StopSignal, config: Config, run: RunDir, overr
         log.warning("%s, saved %s; to go on: %s", stopped, stopped.checkpoint, command)
 
 
-def _print_next_steps(config: Config, run: RunDir, overrides: list[str], film_strip: Path | None) -> None:
-    """After the last step: where to look, and three commands to try; a sweep's jobs keep quiet."""
+def _print_next_steps(job: ResolvedJob, film_strip: Path | None) -> None:
+    """Log where to look after the last step, and three commands to try; a job of a sweep logs nothing."""
+    config, run, overrides = job.config, job.run, job.overrides
     if HydraConfig.get().mode is RunMode.MULTIRUN:
         return
     if film_strip is not None:
         log.info("to look at: %s and the videos beside it", film_strip)
     if config.save_checkpoint:
-        log.info("500 episodes on fresh seeds: pusht-act mode=eval checkpoint=%s", run.path)
+        log.info("final evaluation: pusht-act mode=eval checkpoint=%s", run.path)
         if config.scheduler:  # its rate has come to an end
             again = [o for o in overrides if not o.startswith(("steps=", "job_name="))]
             longer = [*again, f"steps={2 * config.steps}", f"job_name={config.job_name}_longer"]
-            log.info("twice as long: %s", command_line(longer))
+            log.info("to train twice as long: %s", command_line(longer))
         else:
-            log.info("on from here: pusht-act mode=resume output_dir=%s steps=%d", run.path, 2 * config.steps)
+            log.info("to continue training: pusht-act mode=resume output_dir=%s steps=%d", run.path, 2 * config.steps)
     if config.mode is Mode.resume:
         return
     several = ["-m", *(o for o in overrides if not o.startswith(("seed=", "output_dir="))), "seed=1,2,3"]
-    log.info("how much is luck: %s", command_line(several))
+    log.info("to measure variance over seeds: %s", command_line(several))
 
 
 def _check_can_push(config: Config) -> None:
@@ -267,23 +329,22 @@ def _check_can_push(config: Config) -> None:
         check_can_push(config.policy.get("repo_id"))
 
 
-def _push(config: Config, checkpoint: Checkpoint, metrics: dict[str, float], overrides: list[str]) -> None:
-    if config.policy.get("push_to_hub"):
+def _push(job: ResolvedJob, checkpoint: Checkpoint, metrics: dict[str, float]) -> None:
+    if job.config.policy.get("push_to_hub"):
         from pusht_act.checkpoints.hub import push
 
-        log.info("pushed to %s", push(config, checkpoint.directory, metrics, command_line(overrides)))
+        log.info("pushed to %s", push(job.config, checkpoint.directory, metrics, command_line(job.overrides)))
 
 
-def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str]) -> Result:
-    assert checkpoint is not None
+def _evaluate(job: ResolvedJob) -> Result:
     from pusht_act.envs.vector_env import make_vector_envs
 
+    config, checkpoint = job.config, job.start
+    assert checkpoint is not None
     step = checkpoint.step if checkpoint.training_dir.is_dir() else 0
-    given = any(override.startswith("output_dir=") for override in overrides)
-    run = RunDir(Path(config.output_dir) if given or checkpoint.run_dir is None else checkpoint.run_dir)
-    resolve_run_dir = run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
-    with make_vector_envs(config.eval) as envs:  # their processes start while torch is imported
-        import_policies()
+    directory = job.run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
+    # The environments' processes start while torch is imported here.
+    with make_vector_envs(config.eval) as envs:
         from pusht_act.config.lerobot import decode_env, decode_policy
         from pusht_act.evaluation.evaluate import evaluate
         from pusht_act.policy.act import load_policy, load_processors
@@ -291,11 +352,11 @@ def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str
         policy_config, env = decode_policy(config.policy), decode_env(config.env)
         policy = load_policy(policy_config, checkpoint.model_dir)
         processors = load_processors(policy_config, checkpoint.model_dir)
-        evaluation = evaluate(policy, processors, envs, env, config.eval, directory=resolve_run_dir)
+        evaluation = evaluate(policy, processors, envs, env, config.eval, directory=directory)
     log.info("%s: %s", checkpoint.directory, evaluation)
-    log.info("written to %s", resolve_run_dir)
+    log.info("written to %s", directory)
     return Result(
-        resolve_run_dir,
+        directory,
         step,
         evaluation.metrics,
         checkpoint.directory,
@@ -304,8 +365,9 @@ def _evaluate(config: Config, checkpoint: Checkpoint | None, overrides: list[str
     )
 
 
-def _generate_demos(config: Config, overrides: list[str]) -> Result:
-    ensure_unused(Path(config.output_dir), config.overwrite, remedy="give another output_dir=")
+def _generate_demos(job: ResolvedJob) -> Result:
+    config = job.config
+    ensure_unused(job.run.path, config.overwrite, remedy="give another output_dir=")
     if config.demos.push_to_hub:
         from pusht_act.checkpoints.hub import check_can_push
 
@@ -316,5 +378,5 @@ def _generate_demos(config: Config, overrides: list[str]) -> Result:
     options, starts = planner_options(config.demos), initial_states(config.demos)
     from pusht_act.demos.generate import write_demos
 
-    written = write_demos(config, options, starts, overrides)
+    written = write_demos(config, options, starts, job.overrides)
     return Result(written.path, metrics=written.metrics, video_paths=[written.video])

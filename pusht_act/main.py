@@ -1,22 +1,34 @@
-"""The Hydra entry: compose -> Config -> match mode."""
+"""The command `pusht-act` and its twin in Python: Hydra's entry, exit codes, ranks.
+
+argv -> old names replaced -> Hydra composes -> a sweep's job, mode=status, or one job (job.py) -> exit code
+"""
 
 import logging
 import os
+import platform
 import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
+from hydra._internal import hydra as hydra_entry
+from hydra._internal import utils as hydra_utils
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pusht_act.config.errors import explain, is_hydras
-from pusht_act.config.overrides import check_overrides
+import pusht_act
+from pusht_act.config.aliases import rename_overrides
+from pusht_act.config.errors import explain
+from pusht_act.config.overrides import check_overrides, is_output_dir_typed
+from pusht_act.config.schema import CONFIG_DIR as CONFIG_DIR  # noqa: PLC0414  (notebooks and tests compose from it)
 from pusht_act.config.schema import Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.config.validation import to_config
@@ -35,11 +47,8 @@ from pusht_act.training.extensions import Extensions
 if TYPE_CHECKING:
     from pusht_act.training.extensions import ActionLoss, Transform
 
-PACKAGE = Path(__file__).parent
-# In a wheel conf/ lies inside the package, in a checkout beside it.
-CONFIG_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
 USER_ERRORS = (HydraException, OmegaConfBaseException, UserError, OSError)
-WANT_TRACEBACK = os.environ.get("HYDRA_FULL_ERROR") == "1"
+# Whatever composes conf/ needs its schemas: this command, the processes of a launcher, `run`, a notebook.
 register()
 
 
@@ -57,13 +66,15 @@ def _task(cfg: DictConfig) -> Any:
                 return run_sweep_job(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
             return _execute(cfg, hydra_node).objective
     except USER_ERRORS as error:
-        if WANT_TRACEBACK:
+        if _wants_traceback():
             raise
-        _exit(error)  # from here: Hydra would print a line of its own above ours
+        # From here: were it raised, Hydra would print a line of its own above ours.
+        _exit(error)
     except (StopSignal, PeerLostError) as stopped:
-        if handling_signals():  # that of `main`, where it ends a sweep too
+        # In the process of `main` the signal ends a sweep, too.
+        if handling_signals():
             raise
-        # A process of a launcher's: what it does about the signal, such as to have the job queued again, is its own.
+        # A launcher's process leaves it to the launcher what to do about the signal, such as to requeue the job.
         if isinstance(stopped, StopSignal):
             signal.raise_signal(stopped.signal)
         if stopping():
@@ -72,28 +83,28 @@ def _task(cfg: DictConfig) -> Any:
 
 
 def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "Sequence[Transform]" = ()) -> Result:
-    """Do what `pusht-act OVERRIDES` does, from Python, and return its result.
+    """Run what `pusht-act OVERRIDES` runs, from Python, and return its result.
 
     Args:
-        overrides: as on the command line, without -m.
+        overrides: What the command line would have, such as ["mode=test", "steps=200"].
         loss: (predicted, target), both [B, T, A] and normalized -> the error of each element, in place of ACT's L1.
-        transforms: applied to training batches before they are normalized, in this order (docs/extending.md).
+        transforms: Applied to training batches before they are normalized, in this order (docs/extending.md).
 
     Raises:
         UserError, OSError: what the command line prints as one line.
-        StopSignal: by a signal, such as Ctrl-C; no `Exception`.
+        StopSignal: a signal such as Ctrl-C stopped it; it is a BaseException, not an Exception.
     """
     extensions = Extensions(loss, transforms)
-    with distributed_context(USER_ERRORS) as leads:
-        if not leads:
-            return run_worker(extensions)
-        return _run(overrides, extensions)
+    with distributed_context(USER_ERRORS) as is_main:
+        return _run(overrides, extensions) if is_main else run_worker(extensions)
+    return Result(Path())  # rank 0 had nothing to train
 
 
 def _run(overrides: list[str], extensions: Extensions) -> Result:
     from hydra import compose, initialize_config_dir
 
-    with initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
+    overrides = rename_overrides(overrides)
+    with initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR), _hydras_value_errors_as_its_own():
         cfg = compose("config", overrides, return_hydra_config=True)
         hydra_node = cfg.hydra
         with_hydra = cfg.copy()
@@ -105,7 +116,8 @@ def _run(overrides: list[str], extensions: Extensions) -> Result:
 
 def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = None) -> Result:
     overrides = list(hydra_node.overrides.task)
-    if hydra_node.mode is RunMode.MULTIRUN and not any(o.startswith("output_dir=") for o in overrides):
+    if hydra_node.mode is RunMode.MULTIRUN and not is_output_dir_typed(overrides):
+        # A job of a sweep has a folder of its own.
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
         cfg.output_dir = hydra_node.runtime.output_dir
     with handle_signals():
@@ -115,7 +127,7 @@ def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = N
 
 
 def _show_status(cfg: DictConfig, overrides: list[str]) -> Result:
-    """Print the table of a sweep's jobs, or of one run; no job does this, so a job never imports sweeps."""
+    """Print the table of a sweep's jobs, or of one run. It is not a job, which never imports sweeps."""
     check_overrides(cfg, overrides)
     config = to_config(cfg)
     assert config.dir is not None
@@ -124,8 +136,10 @@ def _show_status(cfg: DictConfig, overrides: list[str]) -> Result:
 
 
 def main() -> None:
-    """The command `pusht-act`."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line printed is ours
+    """Run the command `pusht-act`, and leave with its exit code."""
+    if "--version" in sys.argv[1:]:
+        print(f"pusht-act {pusht_act.__version__} (Python {platform.python_version()})")
+        return
     try:
         with handle_signals(), distributed_context(USER_ERRORS) as leads:
             if leads:
@@ -143,34 +157,77 @@ def main() -> None:
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except USER_ERRORS as error:
-        if WANT_TRACEBACK:
-            raise
-        _exit(error)
-    except ValueError as error:
-        # Hydra objects to some values, such as policy=3, by an error of no class of its own. Any other is a bug.
-        if WANT_TRACEBACK or not is_hydras(error):
+        if _wants_traceback():
             raise
         _exit(error)
 
 
 def _lead() -> None:
-    """The command's arguments, and the job or the sweep that they describe."""
-    for argument in sys.argv[1:]:  # before Hydra: it would write a sweep's, and show what it cannot read
+    """On rank 0, or in the only process: read the command's arguments, and run the job or the sweep they describe."""
+    # Before Hydra reads them: it would write down a sweep's, and show those that it cannot read.
+    for argument in sys.argv[1:]:
         refuse_tokens(*argument.partition("=")[::2])
     if world_size() > 1 and not {"-m", "--multirun"}.isdisjoint(sys.argv):
         raise UserError(
-            f"-m begins jobs from one process, and these are {world_size()}: give it without torchrun, and "
+            f"-m starts jobs from one process, and these are {world_size()}: give it without torchrun, and "
             f"hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node={world_size()} for jobs of several processes"
         )
-    sys.argv[1:] = expand_resume_args(sys.argv[1:])
-    with sweep_summary():
+    sys.argv[1:] = expand_resume_args(rename_overrides(sys.argv[1:]))
+    helps = not {"-h", "--help"}.isdisjoint(sys.argv)
+    with sweep_summary(), _hydra_raises(), _config_store_shared() if helps else nullcontext():
         _task()
 
 
+@contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Let Hydra raise its errors: the line that is printed is ours.
+
+    HYDRA_FULL_ERROR=1 does that, too, but a process that a sweep or an evaluation starts would inherit it.
+    """
+    original = hydra_utils.run_and_report
+    hydra_utils.run_and_report = hydra_entry.run_and_report = lambda function: function()
+    try:
+        with _hydras_value_errors_as_its_own():
+            yield
+    finally:
+        hydra_utils.run_and_report = hydra_entry.run_and_report = original
+
+
+@contextmanager
+def _hydras_value_errors_as_its_own() -> Iterator[None]:
+    """Raise as a HydraException what Hydra refuses with a plain ValueError, such as policy=3."""
+    try:
+        yield
+    except ValueError as error:
+        *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith("hydra."):
+            raise HydraException(str(error)) from error
+        raise
+
+
+@contextmanager
+def _config_store_shared() -> Iterator[None]:
+    """Let Hydra share the store of schemas, which it copies for every group that --help lists.
+
+    That is half of the time of --help (0.5 s in place of 1.1 s), and nobody writes to the copies.
+    """
+    ConfigStore.__deepcopy__ = lambda self, _: self
+    try:
+        yield
+    finally:
+        del ConfigStore.__deepcopy__
+
+
+def _wants_traceback() -> bool:
+    """Return whether the user asked for tracebacks; nothing here ever sets the variable."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
 def _leave(code: int) -> NoReturn:
-    """Without waiting for threads, or the seconds that taking torch apart takes."""
+    """Exit without waiting for threads, or the seconds that the teardown of torch takes."""
     logging.shutdown()
-    if "joblib" in sys.modules:  # its workers are dismissed as Python ends
+    # joblib dismisses its workers as Python ends.
+    if "joblib" in sys.modules:
         sys.exit(code)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,23 +1,28 @@
 """The command itself: quick answers, help whose examples work, launcher presets, real sweeps."""
 
+import copy
 import os
+import platform
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pytest
+from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from safetensors.numpy import load_file
 
+import pusht_act
 from pusht_act.config.validation import to_config
 from pusht_act.job import Result
-from pusht_act.main import CONFIG_DIR, _execute
+from pusht_act.main import CONFIG_DIR, _execute, main
 from tests.helpers.runs import TINY, tiny_command
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher")  # as config.register does; pytest undoes that
@@ -32,6 +37,7 @@ QUICK = [
     ["mode=eval", "checkpoint=nowhere"],
     ["print_lerobot_command=true"],
     ["mode=status", "dir=nowhere"],
+    ["--version"],
 ]
 
 
@@ -112,6 +118,64 @@ def test_help_lists_groups_and_examples_that_compose(tmp_path: Path) -> None:
         OmegaConf.set_struct(cfg, False)
         del cfg["hydra"]
         to_config(cfg)
+
+
+def test_the_version_is_ours(tmp_path: Path) -> None:
+    done = command("--version", cwd=tmp_path)
+    assert done.stdout == f"pusht-act {pusht_act.__version__} (Python {platform.python_version()})\n"
+    assert done.returncode == 0
+    assert pusht_act.__version__ == version("pusht-act")
+    with pytest.raises(AttributeError, match="nothing"):
+        pusht_act.nothing  # noqa: B018
+
+
+CHILD = """
+import os, subprocess, sys
+from pathlib import Path
+import pusht_act.main as entry
+from pusht_act.job import Result
+
+def run_job(*_):
+    subprocess.run([sys.executable, "-c", "import os; print(os.environ.get('HYDRA_FULL_ERROR'))"], check=True)
+    return Result(Path())
+
+entry.run_job = run_job
+entry.main()
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["-m", "seed=1"]])
+@pytest.mark.parametrize("given", ["1", "0", None])
+def test_a_child_is_asked_for_tracebacks_by_the_user_only(
+    given: str | None, arguments: list[str], tmp_path: Path
+) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    environment |= {"HYDRA_FULL_ERROR": given} if given is not None else {}
+    words = [sys.executable, "-c", CHILD, *arguments]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, str(given) in done.stdout.splitlines()) == (0, True), done.stderr
+
+
+def test_the_config_store_is_copied_for_others() -> None:
+    store = ConfigStore.instance()
+    copied = copy.deepcopy(store)
+    assert copied is not store
+    assert copied.repo is not store.repo
+    assert "schema.yaml" in copied.repo
+    assert "__deepcopy__" not in vars(ConfigStore)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["stepps=3"]])
+def test_what_main_changes_of_hydra_is_put_back(
+    arguments: list[str], in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = hydra._internal.utils.run_and_report
+    monkeypatch.setattr(sys, "argv", ["pusht-act", *arguments])
+    with pytest.raises(SystemExit):
+        main()
+    assert hydra._internal.utils.run_and_report is before
+    assert hydra._internal.hydra.run_and_report is before
+    assert "__deepcopy__" not in vars(ConfigStore)
 
 
 def test_sweeps_write_under_multirun() -> None:

@@ -18,7 +18,7 @@ import yaml
 from tests.fixtures.make import FIXTURES, MODES, NEUTRAL, RUN, files, machine, outcome, without_program
 from tests.helpers.commands import Commands
 
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS: dict[str, str] = {"demos.starts": "demos.initial_states"}
 """Dotted keys of the configuration, or of whole sections of it: then -> now."""
 REMOVED_KEYS: set[str] = {"dagger"}
 """Those of then, by their old names, that there are no more, or whole sections."""
@@ -26,7 +26,20 @@ ADDED_KEYS: set[str] = set()
 """Those that there were not, or whole sections."""
 REMOVED_JOBS: set[str] = {"dagger"}
 """Modes and experiments of then that there are no more."""
-HELP_CHANGES: dict[str, str] = {"mode: dagger, demos, eval": "mode: demos, eval"}
+HYDRAS_FLAGS = (FIXTURES / "goldens" / "help.txt").read_text().partition("--help,-h")[2]
+HELP_CHANGES: dict[str, str] = {
+    "mode: dagger, demos, eval": "mode: demos, eval",
+    "pusht_act/config.py says": "docs/configuration.md says",
+    # Hydra's flags are shown by --hydra-help; its own version is not ours.
+    f"--help,-h{HYDRAS_FLAGS}": """
+Flags
+  -m, --multirun      a sweep: one job for each combination of values
+  --cfg job           print the composed configuration and stop; --resolve fills in its interpolations
+  --config-dir DIR    more configuration files, of your own
+  --version           pusht-act's version
+  --hydra-help        Hydra's other flags, such as --info and --shell-completion
+""",
+}
 """Texts in --help: then -> now."""
 RENAMED_FILES: dict[str, str] = {}
 """Names of files or folders that a run or a sweep leaves behind: then -> now."""

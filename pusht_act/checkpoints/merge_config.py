@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.config.aliases import rename_config
 from pusht_act.config.overrides import parse_overrides
 from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS
 from pusht_act.runtime.errors import UserError
@@ -97,7 +98,7 @@ def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[s
     choices: dict[str, str | None] = {}
     rates: dict[str, Any] = {}
     if (ours := _read_json(checkpoint.model_dir / METADATA_FILE)) is not None:
-        config, choices = ours["config"], ours["choices"]
+        config, choices = rename_config(ours["config"]), ours["choices"]
     elif (stock := _read_json(checkpoint.model_dir / "train_config.json")) is not None:
         if resume:
             _check_resumable(stock, checkpoint)

@@ -13,7 +13,8 @@ from omegaconf import DictConfig
 
 from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, last_checkpoint, latest_valid, verify
 from pusht_act.checkpoints.manifest import ALL_FILES
-from pusht_act.config.overrides import flatten
+from pusht_act.config.aliases import rename_config
+from pusht_act.config.overrides import flatten, is_output_dir_typed
 from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS, Config, Mode, to_dict
 from pusht_act.runs.run_dir import RunDir, ensure_unused
 from pusht_act.runtime.errors import UserError
@@ -30,7 +31,7 @@ RESULT_NEUTRAL_KEYS = (
 
 def resolve_run_dir(cfg: DictConfig, overrides: list[str]) -> Path:
     """Return the run directory of a job that trains: for mode=resume that of the checkpoint it names, if it has one."""
-    if cfg.mode is Mode.resume and cfg.resume.path is not None and not _output_dir_is_given(overrides):
+    if cfg.mode is Mode.resume and cfg.resume.path is not None and not is_output_dir_typed(overrides):
         checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
         if checkpoint.run_dir is not None:
             return checkpoint.run_dir
@@ -79,8 +80,8 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
     checkpoint = last_checkpoint(run, remedy="start afresh with overwrite=true")
     # Of a checkpoint that this project did not write, nothing is known.
     try:
-        was = json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError):
+        was = rename_config(json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         was = {}
     if was.get("mode") not in (Mode.test.value, Mode.full.value):
         if config.overwrite:
@@ -119,7 +120,3 @@ def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> 
         new_field = key not in then and key.partition(".")[0] in OUR_SECTIONS
         if then.get(key) != now.get(key) and not key.startswith(free) and not new_field:
             yield key, then.get(key), now.get(key)
-
-
-def _output_dir_is_given(overrides: list[str]) -> bool:
-    return any(override.startswith("output_dir=") for override in overrides)

@@ -1,4 +1,4 @@
-"""Errors for people: one line that says what, where, the value given and what to do."""
+"""Errors in one line for the user: what, where, the value given and what to do."""
 
 import difflib
 import re
@@ -8,7 +8,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-RENAMED = {
+from pusht_act.config.aliases import RENAMED
+
+RATE = "policy.optimizer_lr"
+CLIPPING = "+optimizer.grad_clip_norm"
+# Names that have never been ours: of older LeRobots, of LeRobot's command line, of the ACT paper's code, and of other
+# frameworks. They are not accepted, since what they mean there is not always what ours means.
+HINTS = {
     "policy.hidden_dim": "policy.dim_model",
     "policy.dim_feedforward_network": "policy.dim_feedforward",
     "policy.lr": "policy.optimizer_lr",
@@ -31,8 +37,25 @@ RENAMED = {
     "checkpoint.keep_every": "checkpoints.keep_every",
     "checkpoint.background": "checkpoints.background",
     "policy.path": "checkpoint (mode=eval), resume.path (mode=resume) or +policy.pretrained_path (fine-tuning)",
+    **dict.fromkeys(("max_steps", "num_train_steps", "train_steps", "train.steps"), "steps"),
+    "epochs": "steps (one epoch is the number of frames / batch_size)",
+    "num_epochs": "steps (one epoch is the number of frames / batch_size)",
+    **dict.fromkeys(("learning_rate", "train.lr", "optimizer.lr"), RATE),
+    **dict.fromkeys(("lr_backbone", "train.lr_backbone"), "policy.optimizer_lr_backbone"),
+    **dict.fromkeys(("grad_clip", "grad_clip_norm", "gradient_clip", "max_grad_norm", "train.grad_clip"), CLIPPING),
+    "num_workers": "eval.workers or demos.workers",
+    **dict.fromkeys(("save_interval", "save_every"), "save_freq"),
+    **dict.fromkeys(("log_interval", "log_every"), "log_freq"),
+    **dict.fromkeys(("ckpt_path", "checkpoint_path"), "checkpoint (mode=eval) or resume.path (mode=resume)"),
+    "wandb_project": "wandb.project",
+    **RENAMED,
 }
-"""Names of older LeRobots, of LeRobot's command line and of the ACT paper's code that many a script still has."""
+"""What to give in place of a name that is not there."""
+REMOVED = {
+    "mode=dagger": "mode=dagger was removed: mode=full trains on demonstrations, dataset=demos on the built-in ones",
+    "dagger": "dagger.* was removed together with mode=dagger: leave it out",
+}
+"""What to say of a choice or a section that there is no more."""
 
 
 LEROBOT_SECTIONS = ("policy", "env", "dataset", "optimizer", "scheduler")
@@ -86,8 +109,10 @@ def explain(error: Exception, config_dir: str) -> str:
 
 
 def _unknown_key(key: str, config_dir: str) -> str:
-    if key in RENAMED:
-        return f"{key} is unknown: did you mean {RENAMED[key]}?"
+    if (section := key.partition(".")[0]) in REMOVED:
+        return REMOVED[section]
+    if key in HINTS:
+        return f"{key} is unknown: did you mean {HINTS[key]}?"
     if key.startswith("hydra.sweeper."):
         return f"{key} is unknown: hydra/sweeper=optuna has options, see conf/hydra/sweeper/optuna.yaml"
     known = _known_keys(config_dir)
@@ -102,13 +127,15 @@ def _unknown_key(key: str, config_dir: str) -> str:
 
 
 def _wrong_value(given: str, key: str, objection: str) -> str:
-    if key in RENAMED:
-        return f"{given}: did you mean {RENAMED[key]}?"
+    if key in HINTS:
+        return f"{given}: did you mean {HINTS[key]}?"
     wanted = next((remedy for part, remedy in TYPE_WANTED.items() if part in objection), objection.splitlines()[0])
     return f"{given}: {wanted}"
 
 
 def _unknown_option(group: str, option: str, text: str) -> str:
+    if (removed := REMOVED.get(f"{group}={option}")) is not None:
+        return removed
     available = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
     near = difflib.get_close_matches(option, available, n=1)
     hint = f"did you mean {group}={near[0]}? " if near else ""

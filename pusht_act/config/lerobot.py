@@ -2,7 +2,11 @@
 
 Each section of our configuration is decoded on its own, so that an error names section, key and reason. The import of
 LeRobot's configuration takes seconds, which is why nothing that answers at once imports this module.
+
+Import it before any other part of LeRobot: it spares the process a second of imports.
 """
+
+# ruff: noqa: E402
 
 import dataclasses
 import difflib
@@ -13,8 +17,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lerobot.utils import import_utils
+
+# LeRobot's package of policies imports every policy, which registers "act". GR00T's processors import LeRobot's data
+# sets, with them Hugging Face's `datasets` and pandas, if these are installed. Training and evaluating ACT has no use
+# for them, so for this once they are not. data/sampler.py imports LeRobot's sampler late for the same reason.
+_installed = import_utils._datasets_available
+import_utils._datasets_available = False
+try:
+    import lerobot.policies  # noqa: F401
+finally:
+    import_utils._datasets_available = _installed
+
 import draccus
-import lerobot.policies  # noqa: F401  (registers "act")
 import torch
 import torchvision
 from draccus.utils import DraccusException
@@ -38,8 +53,8 @@ POLICY_REFUSED = {
     "pretrained_revision": "the newest of the Hub is taken, leave it out",
 }
 ENV_REFUSED = {
-    "observation_width": "the picture's size is taken from the data set, leave it out",
-    "observation_height": "the picture's size is taken from the data set, leave it out",
+    "observation_width": "the image size is taken from the data set, leave it out",
+    "observation_height": "the image size is taken from the data set, leave it out",
     "render_mode": "frames are always rgb_array, leave it out",
     "features": "what there is follows from env.obs_type, leave it out",
     "features_map": "LeRobot's names are fixed, leave it out",
@@ -101,7 +116,7 @@ def _check_architecture(policy: ACTConfig) -> None:
             f"policy.feedforward_activation={policy.feedforward_activation} is unknown: give {', '.join(ACTIVATIONS)}"
         )
     if not 0 <= policy.dropout < 1:
-        raise UserError(f"policy.dropout={policy.dropout} is no share: give one from 0 up to, not including, 1")
+        raise UserError(f"policy.dropout={policy.dropout} is out of range: give a number in [0, 1)")
     if policy.vision_backbone not in (backbones := torchvision.models.list_models(include="resnet*")):
         raise UserError(f"policy.vision_backbone={policy.vision_backbone} is unknown: give {', '.join(backbones)}")
     weights = [str(weights) for weights in torchvision.models.get_model_weights(policy.vision_backbone)]
@@ -184,7 +199,7 @@ def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: 
 def _decode_dataset(section: dict[str, Any]) -> DatasetConfig:
     for key, value in section.items():
         if key not in DATASET_KEYS and key in {f.name for f in dataclasses.fields(DatasetConfig)}:
-            raise UserError(f"dataset.{key}={value} would do nothing here: remove it")
+            raise UserError(f"dataset.{key}={value} is not supported: leave it out")
     dataset: DatasetConfig = _decode("dataset", DatasetConfig, {"video_backend": "pyav", **section})
     return dataset
 
@@ -199,7 +214,7 @@ def _decode_optimizer(policy: ACTConfig, section: dict[str, Any]) -> AdamWConfig
     options = {key: value for key, value in section.items() if key != "type"}
     optimizer: AdamWConfig = _decode("optimizer", AdamWConfig, dataclasses.asdict(preset) | options)
     if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise UserError(f"optimizer.betas={list(optimizer.betas)}: give two numbers from 0 up to, not including, 1")
+        raise UserError(f"optimizer.betas={list(optimizer.betas)}: give two numbers in [0, 1)")
     return optimizer
 
 

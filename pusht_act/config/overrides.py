@@ -1,6 +1,7 @@
-"""Checks of what only the command line shows: which options were given, and what they look like there."""
+"""Checks of what only the command line shows: which options were typed, and what they look like there."""
 
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -9,66 +10,64 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.config.schema import EMBEDDED_REPO_ID, TRAIN_MODES, Mode
+from pusht_act.config.options import Option
+from pusht_act.config.schema import EMBEDDED_REPO_ID, NOT_STATUS, TRAIN_MODES, TRAINING, Mode
+from pusht_act.config.validation import OPTIONS, check_secrets, check_value
 from pusht_act.runtime.errors import UserError
 
 
 def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
-    """Refuse what only the command line shows: an option that this job would ignore, a number taken for true."""
+    """Check the options that were typed: each has a use in this job, and a value in its range.
+
+    What came with a group or an experiment is not typed: a preset may hold values for other modes.
+
+    Raises:
+        UserError: naming the option, its value and the modes that use it.
+    """
+    check_secrets(cfg)
     hydra = HydraConfig.get()
     sweeps = hydra.mode is RunMode.MULTIRUN
     if not sweeps and hydra.runtime.choices["hydra/sweeper"] == "optuna":
         raise UserError("hydra/sweeper=optuna chooses the values of a sweep's jobs: give -m too, or leave it out")
-    read = [override for override in parse_overrides(overrides) if not override.is_delete()]
-    given = dict(pair for override in read for pair in flatten(override.key_or_group, override.value()))
-    if any(override.startswith("output_dir=") for override in overrides):
-        given["output_dir"] = cfg.output_dir
-    for key, value in given.items():
-        section, _, name = key.partition(".")
-        _check_status(key, value, cfg.mode)
-        if section == "demos":
-            _check_demos_option(name, value, cfg)
+    typed = _typed_values(cfg, overrides)
+    for key, value in typed.items():
+        section = key.partition(".")[0]
+        if key not in hydra.runtime.choices or cfg.mode is Mode.status:
+            _check_used(key, value, cfg.mode)
         if section == "sweep" and not sweeps:
             raise UserError(f"{key}={value} is for a sweep: give -m too, or leave it out")
-        if section == "resume" and name == "auto" and cfg.mode not in (Mode.test, Mode.full):
-            raise UserError(f"{key}={value} is for mode=test and mode=full, mode=resume goes on anyway: leave it out")
-        trains = cfg.mode is Mode.resume or cfg.mode in TRAIN_MODES
-        if section in ("train", "checkpoints") and not trains:
-            raise UserError(f"{key}={value} is for training, which mode={cfg.mode.value} does not do: leave it out")
+        if key in ("demos.n_episodes", "demos.mirror"):
+            _check_builtin_demos(key, value, cfg)
+        # OmegaConf takes any number for true.
         if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
             raise UserError(f"{key}={value}: give true or false")
-    starts = OmegaConf.select(cfg, "demos.starts")
-    if "demos.start_seed" in given and starts is not None:
+    starts = OmegaConf.select(cfg, "demos.initial_states")
+    if "demos.start_seed" in typed and starts is not None:
         raise UserError(
-            f"demos.start_seed={given['demos.start_seed']} and demos.starts={starts} both say where to start: "
+            f"demos.start_seed={typed['demos.start_seed']} and demos.initial_states={starts} both say where to start: "
             "leave one of them out"
         )
 
 
-def _check_status(key: str, value: Any, mode: Mode) -> None:
-    """mode=status has options of its own, and no others."""
-    its_own = key == "dir" or key.startswith("status.")
-    if its_own and mode is not Mode.status:
-        raise UserError(f"{key}={value} is for mode=status: give that too, or leave it out")
-    if mode is Mode.status and not its_own and key != "mode":
-        raise UserError(f"{key}={value} does nothing in mode=status, which takes dir= and status.every=: leave it out")
+def check_typed_values(cfg: DictConfig, overrides: list[str]) -> None:
+    """Check the range of what was typed, before the checkpoint is looked for that completes the configuration.
+
+    Raises:
+        UserError: naming the option, its value and what to give.
+    """
+    for key in _typed_values(cfg, overrides):
+        value = OmegaConf.select(cfg, key)
+        if value is not None:
+            check_value(key, value)
 
 
-def _check_demos_option(name: str, value: Any, cfg: DictConfig) -> None:
-    """Refuse the option `name` of demos where nothing would read it."""
-    if name == "mirror" and cfg.mode is Mode.demos:
-        raise UserError(f"demos.mirror={value} is for training on dataset=demos, not for mode=demos: leave it out")
-    users = ["mode=demos"] if name != "mirror" else []
-    if name in ("n_episodes", "mirror"):
-        users.append("dataset=demos")
-        if cfg.mode is Mode.resume or OmegaConf.select(cfg, "dataset.repo_id") == EMBEDDED_REPO_ID:
-            return  # a resumed run's data set is not known yet
-    if f"mode={cfg.mode.value}" not in users:
-        raise UserError(f"demos.{name}={value} is for {' or '.join(users)}: give that too, or leave it out")
+def is_output_dir_typed(overrides: list[str]) -> bool:
+    """Return whether the command line names the run directory."""
+    return any(override.startswith("output_dir=") for override in overrides)
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """demos={speed: 9} -> demos.speed, 9."""
+    """Yield the leaves of `value`: demos={speed: 9} -> demos.speed, 9."""
     if not isinstance(value, dict):
         yield key, value
         return
@@ -77,7 +76,47 @@ def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
-    """What Hydra reads in `overrides`, without output_dir, which a sweep does not quote."""
+    """Return what Hydra reads in `overrides`, without output_dir, which a sweep does not quote."""
     named = [override for override in overrides if not override.startswith("output_dir=")]
     read: list[Override] = OverridesParser.create().parse_overrides(named)
     return read
+
+
+def describe_modes(modes: tuple[Enum, ...]) -> str:
+    """Return `modes` in words, such as "training (mode=test, mode=full and mode=resume) and mode=eval"."""
+    if set(modes) == set(NOT_STATUS):
+        return "every mode but mode=status"
+    if set(modes) > set(TRAINING):
+        others = tuple(mode for mode in modes if mode not in TRAINING)
+        return f"{describe_modes(TRAINING)} and {describe_modes(others)}"
+    *some, last = (f"mode={mode.value}" for mode in modes)
+    named = f"{', '.join(some)} and {last}" if some else last
+    return f"training ({named})" if set(modes) == set(TRAINING) else named
+
+
+def _typed_values(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
+    read = [override for override in parse_overrides(overrides) if not override.is_delete()]
+    typed = dict(pair for override in read for pair in flatten(override.key_or_group, override.value()))
+    return typed | ({"output_dir": cfg.output_dir} if is_output_dir_typed(overrides) else {})
+
+
+def _check_used(key: str, value: Any, mode: Mode) -> None:
+    """Refuse an option that `mode` does not use."""
+    if key == "mode":
+        return
+    section = OPTIONS.get(key.partition(".")[0], Option())
+    option = OPTIONS.get(key, section)
+    modes = option.modes or section.modes or (NOT_STATUS if mode is Mode.status else tuple(Mode))
+    if mode in modes:
+        return
+    remedy = "leave it out" if len(modes) > 1 else f"give {describe_modes(modes)} too, or leave it out"
+    instead = f" ({option.instead})" if option.instead else ""
+    raise UserError(f"{key}={value} is for {describe_modes(modes)}, not for mode={mode.value}: {remedy}{instead}")
+
+
+def _check_builtin_demos(key: str, value: Any, cfg: DictConfig) -> None:
+    """Refuse an option of the built-in demonstrations where training reads another data set."""
+    # Which data set a resumed run has is not known yet.
+    if cfg.mode in TRAIN_MODES and OmegaConf.select(cfg, "dataset.repo_id") != EMBEDDED_REPO_ID:
+        users = "mode=demos or dataset=demos" if key == "demos.n_episodes" else "dataset=demos"
+        raise UserError(f"{key}={value} is for {users}: give that too, or leave it out")

@@ -1,25 +1,26 @@
-"""The schema of a run: every field of our own, typed and documented; the values live in `conf/`.
+"""The schema of a run: every field of our own, typed, bounded and documented; the values live in `conf/`.
 
 LeRobot's sections (`policy`, `env`, `dataset`, `optimizer`, `scheduler`) stay plain dictionaries here: LeRobot's own
-dataclasses declare their fields, and `lerobot_config` decodes them. This module imports neither torch nor lerobot, so
-that `--help`, `--cfg job` and a misspelt key answer at once.
+dataclasses declare their fields, and `config.lerobot` decodes them. This module imports neither torch nor lerobot, so
+that `--help`, `--cfg job` and a misspelt key answer at once. docs/configuration.md is generated from it.
 """
 
-import logging
+# ruff: noqa: RUF009  (`option` declares a field)
+
 import warnings
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-log = logging.getLogger(__name__)
+from pusht_act.config.options import Option, option
 
-# What is no number is left to the checks (checked.py), which name its key.
-OmegaConf.register_new_resolver(
-    "min", lambda *values: min(value for value in values if isinstance(value, int | float)), replace=True
-)
+PACKAGE = Path(__file__).parents[1]
+# In a wheel conf/ lies inside the package, in a checkout beside it.
+CONFIG_DIR = str(next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir()))
 
 
 class Mode(Enum):
@@ -33,14 +34,28 @@ class Mode(Enum):
     status = "status"
 
 
+TRAIN_MODES = (Mode.test, Mode.full)
+"""Modes that begin with new weights, or with those of policy.pretrained_path."""
+TRAINING = (*TRAIN_MODES, Mode.resume)
+"""Modes that train."""
+ROLLOUTS = (*TRAINING, Mode.eval)
+"""Modes that roll a policy out."""
+NOT_STATUS = (*ROLLOUTS, Mode.demos)
+"""Modes that write something."""
+EMBEDDED_REPO_ID = "pusht_act/demos"
+MAX_DEMOS = 2000
+PROFILED_STEPS = 25
+"""Those that train.profile measures: the first of a run."""
+
+
 @dataclass
 class ResumeConfig:
     """Where training goes on from."""
 
-    path: str | None = None
+    path: str | None = option(None, modes=(Mode.resume,))
     """mode=resume: a checkpoint, `.../checkpoints/005000`, its `pretrained_model` or a run directory; null: `last` of
     output_dir."""
-    auto: bool = MISSING
+    auto: bool = option(modes=TRAIN_MODES, instead="mode=resume always continues")
     """mode=test and mode=full: go on from the newest sound checkpoint in output_dir when that is of the same
     configuration, start afresh when there is none; so the same command can be given until it is done."""
 
@@ -51,7 +66,7 @@ class SweepConfig:
 
     resume: str | None = None
     """The folder of a sweep, hydra.sweep.dir: it goes on with the overrides that it was begun with."""
-    max_tries: int = MISSING
+    max_tries: int = option(ge=1)
     """How often a job may fail; each time that the sweep is gone on with it is tried again."""
 
 
@@ -136,7 +151,7 @@ class OptunaConfig:
 class StatusConfig:
     """`mode=status`: a table of the jobs of a sweep, or of one run (see status.py)."""
 
-    every: float = MISSING
+    every: float = option(ge=0)
     """On a terminal: seconds between two drawings, until all jobs have ended; 0: drawn once, as it is elsewhere."""
 
 
@@ -144,9 +159,9 @@ class StatusConfig:
 class CheckpointsConfig:
     """How long checkpoints stay. `last` and `best` always do."""
 
-    keep_last: int = MISSING
+    keep_last: int = option(ge=0)
     """How many of the newest are kept; 0: all, as stock LeRobot does. The others are removed after each save."""
-    keep_every: int = MISSING
+    keep_every: int = option(ge=0)
     """Those at multiples of so many steps are kept for ever, beside the newest; 0: none."""
     background: bool = MISSING
     """Write a copy of weights and moments in the host's memory while training goes on; false: training waits. The files
@@ -157,13 +172,13 @@ class CheckpointsConfig:
 class TrainConfig:
     """How training runs."""
 
-    max_nonfinite: int = MISSING
+    max_nonfinite: int = option(ge=0)
     """A step whose loss or gradient is not finite changes nothing and is counted; after more than these the run goes
     back to its newest sound checkpoint, and on with the data in another order. So it does before it would evaluate or
     save weights that are not finite."""
-    max_rollbacks: int = MISSING
+    max_rollbacks: int = option(ge=0)
     """How many times the run goes back in all; then it stops."""
-    precision: str | None = MISSING
+    precision: str | None = option(choices=("fp32", "bf16"))
     """Of training's arithmetic: fp32 (on a GPU its matrix products are TF32, as in stock LeRobot) or bf16 (autocast;
     weights and AdamW stay fp32); null: bf16 with policy.use_amp=true, else fp32. Evaluations go by policy.use_amp
     alone, which a checkpoint keeps: so mode=eval repeats them."""
@@ -183,20 +198,20 @@ class TrainConfig:
 class EvalConfig:
     """Rollouts in the environment, in training and in `mode=eval`."""
 
-    n_episodes: int = MISSING
+    n_episodes: int = option(ge=1, modes=ROLLOUTS)
     """Episodes of one evaluation."""
-    batch_size: int = MISSING
-    """VectorEnv stepped side by side; the policy sees one batch of this size. Part of the numbers: a matrix product
+    batch_size: int = option(ge=1, modes=ROLLOUTS)
+    """Environments stepped side by side; the policy sees one batch of this size. Part of the numbers: a matrix product
     may round differently for another batch size."""
-    start_seed: int = MISSING
+    start_seed: int = option(ge=0, modes=ROLLOUTS)
     """Episode i resets the environment with seed start_seed + i. Selection (training) and test (mode=eval) use ranges
     apart from each other and from 0..205, where the human demonstrations started."""
-    n_videos: int = MISSING
+    n_videos: int = option(ge=0, modes=ROLLOUTS)
     """Episodes written as mp4 (the first ones); a film strip shows the first."""
-    workers: int = MISSING
+    workers: int = option(ge=0, modes=ROLLOUTS)
     """Processes that the environments are stepped in; 1: this one; 0: one a core, fewer if a batch is small. Part of
     the time, not of the numbers."""
-    background: bool = MISSING
+    background: bool = option(modes=TRAINING)
     """In training: evaluate a copy of the policy while training goes on; false: training waits. The numbers are the
     same."""
 
@@ -211,7 +226,7 @@ class WandbConfig:
     """Project of the run."""
     entity: str | None = None
     """User or team; null: the login's default."""
-    mode: str | None = None
+    mode: str | None = option(None, choices=("online", "offline", "disabled"))
     """online, offline or disabled; null: online with a login, else offline."""
     notes: str | None = None
     """Free text shown with the run."""
@@ -221,33 +236,33 @@ class WandbConfig:
 class DemosConfig:
     """Scripted demonstrations: how many of the embedded ones `dataset=demos` takes, and what `mode=demos` makes."""
 
-    n_episodes: int = MISSING
+    n_episodes: int = option(ge=1, modes=(*TRAINING, Mode.demos))
     """dataset=demos: how many of the embedded ones to replay and render (at most 2,000); mode=demos: to make."""
-    mirror: bool = MISSING
+    mirror: bool = option(modes=TRAINING)
     """dataset=demos: each one's mirror image, too, where that solves the task: nearly twice as many."""
-    start_seed: int = MISSING
+    start_seed: int = option(ge=0, modes=(Mode.demos,))
     """mode=demos: the first of the environment's reset seeds to start from; they go up by one, a start that is not
     solved is left out. Apart from those of evaluation (100,000 and 200,000 up) and of the embedded ones (1,000,000)."""
-    starts: str | None = MISSING
+    initial_states: str | None = option(modes=(Mode.demos,))
     """mode=demos: a CSV file of states to start from, each once and in order, under the header
     agent_x,agent_y,block_x,block_y,block_angle (px, rad); null: the environment's resets from start_seed up."""
-    coverage: float = MISSING
-    """Share of the goal to cover before an episode ends, in [0.95, 1); the environment asks for 0.95."""
-    speed: float = MISSING
+    coverage: float = option(ge=0.95, lt=1, modes=(Mode.demos,), reason="the environment asks for 0.95")
+    """Share of the goal to cover before an episode ends."""
+    speed: float = option(ge=1, le=30, modes=(Mode.demos,))
     """Px a step at which the planner walks round the T; it pushes at 7/9 of it."""
-    smoothness: float = MISSING
+    smoothness: float = option(ge=0, modes=(Mode.demos,))
     """Weight on changes of speed and direction; 0 ignores them."""
-    action_noise: float = MISSING
+    action_noise: float = option(ge=0, le=100, modes=(Mode.demos,))
     """Standard deviation in px of the noise on what is carried out; the actions recorded stay clean."""
-    replan: int = MISSING
+    replan: int = option(ge=1, modes=(Mode.demos,))
     """Steps between two searches for a plan; with noise 1 or 2 answer it best and take 2 to 3 times as long."""
-    seed: int = MISSING
+    seed: int = option(ge=0, modes=(Mode.demos,))
     """Of the planner's and the noise's random numbers: another one gives other demonstrations from the same starts."""
-    workers: int = MISSING
+    workers: int = option(ge=0, modes=(Mode.demos,))
     """Planning processes; 0: as many as there are cores. Part of the time, not of the result."""
-    push_to_hub: bool = MISSING
+    push_to_hub: bool = option(modes=(Mode.demos,))
     """Upload the finished data set, with a card, to the Hugging Face Hub."""
-    repo_id: str | None = MISSING
+    repo_id: str | None = option(modes=(Mode.demos,))
     """Its name there, USER/NAME."""
 
 
@@ -257,69 +272,94 @@ class Config:
 
     mode: Mode = MISSING
     """Set by the group `mode`."""
-    seed: int = MISSING
+    seed: int = option(ge=0, modes=TRAINING, instead="mode=eval has eval.start_seed=, mode=demos has demos.seed=")
     """Of initialisation, data order, dropout and VAE noise (see seeding.py); not of the evaluation's environments."""
-    steps: int = MISSING
+    steps: int = option(ge=1, modes=TRAINING)
     """Optimizer steps of the whole run, those before a resume included."""
-    batch_size: int = MISSING
+    batch_size: int = option(ge=1, modes=TRAINING, instead="mode=eval has eval.batch_size=")
     """Samples of one step; with several processes (torchrun) of all together, so it is a multiple of their number."""
-    log_freq: int = MISSING
+    log_freq: int = option(ge=0, modes=TRAINING)
     """Steps between two lines of metrics; 0: never."""
-    eval_freq: int = MISSING
+    eval_freq: int = option(ge=0, modes=TRAINING)
     """Steps between two evaluations in the environment (LeRobot 0.6: env_eval_freq); 0: never."""
-    eval_steps: int = MISSING
+    eval_steps: int = option(ge=0, modes=TRAINING)
     """Steps between two validation losses on the episodes held out by dataset.eval_split; 0: never."""
-    save_checkpoint: bool = MISSING
+    save_checkpoint: bool = option(modes=TRAINING)
     """Whether checkpoints are written at all."""
-    save_freq: int = MISSING
+    save_freq: int = option(ge=0, modes=TRAINING)
     """Steps between two checkpoints; the last step always has one; 0: only the last step."""
-    output_dir: str = MISSING
+    output_dir: str = option(nonempty=True, modes=NOT_STATUS)
     """The run directory; a job of a sweep gets its own under hydra.sweep.dir unless this is given."""
-    job_name: str = MISSING
+    job_name: str = option(nonempty=True, modes=NOT_STATUS)
     """Name of the run in logs, W&B and the model card."""
-    overwrite: bool = MISSING
+    overwrite: bool = option(modes=(*TRAINING, Mode.demos))
     """Move an existing run directory aside (to output_dir.old-N) and start afresh."""
-    print_lerobot_command: bool = MISSING
+    print_lerobot_command: bool = option(modes=ROLLOUTS, instead="LeRobot does not generate demonstrations")
     """Print the equivalent stock command line and stop."""
-    checkpoint: str | None = MISSING
+    checkpoint: str | None = option(modes=(Mode.eval,), instead="resume.path= continues training")
     """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
-    dir: str | None = None
+    dir: str | None = option(None, modes=(Mode.status,))
     """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or a run directory."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    status: StatusConfig = field(default_factory=StatusConfig)
-    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    status: StatusConfig = option(factory=StatusConfig, modes=(Mode.status,))
+    checkpoints: CheckpointsConfig = option(factory=CheckpointsConfig, modes=TRAINING)
+    train: TrainConfig = option(factory=TrainConfig, modes=TRAINING)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
+    wandb: WandbConfig = option(factory=WandbConfig, modes=TRAINING)
     demos: DemosConfig = field(default_factory=DemosConfig)
-    policy: dict[str, Any] = MISSING
+    policy: dict[str, Any] = option(modes=ROLLOUTS)
     """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""
-    env: dict[str, Any] = MISSING
+    env: dict[str, Any] = option(modes=NOT_STATUS)
     """LeRobot's PushtEnv."""
-    dataset: dict[str, Any] = MISSING
+    dataset: dict[str, Any] = option(modes=TRAINING)
     """LeRobot's DatasetConfig; repo_id pusht_act/demos is the embedded data."""
-    optimizer: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = option(modes=TRAINING)
     """Fields of LeRobot's AdamWConfig that replace the policy's preset, e.g. grad_clip_norm."""
-    scheduler: dict[str, Any] = MISSING
+    scheduler: dict[str, Any] = option(modes=TRAINING)
     """LeRobot's LRSchedulerConfig, e.g. {type: cosine_decay_with_warmup, ...}; {}: a constant rate."""
 
 
-PROFILED_STEPS = 25
-"""Those that train.profile measures: the first of a run."""
-TRAIN_MODES = (Mode.test, Mode.full)
-"""Modes that begin with new weights, or with those of policy.pretrained_path."""
-EMBEDDED_REPO_ID = "pusht_act/demos"
-MAX_DEMOS = 2000
+LEROBOT_OPTIONS: dict[str, Option] = {
+    "policy.type": Option(choices=("act",)),
+    "policy.n_obs_steps": Option(choices=(1,), reason="ACT looks at one observation"),
+    **{
+        f"policy.{name}": Option(kind=int, ge=1)
+        for name in (
+            *("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward", "latent_dim"),
+            *("n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers"),
+        )
+    },
+    **{
+        f"policy.{name}": Option(kind=float, ge=0, modes=TRAINING)
+        for name in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")
+    },
+    "policy.pretrained_path": Option(modes=TRAIN_MODES, instead="mode=resume and mode=eval name their own checkpoint"),
+    "policy.push_to_hub": Option(modes=TRAINING, instead="mode=demos has demos.push_to_hub="),
+    "policy.repo_id": Option(modes=TRAINING, instead="mode=demos has demos.repo_id="),
+    **{
+        f"env.{name}": Option(kind=int, ge=1)
+        for name in ("episode_length", "fps", "visualization_width", "visualization_height")
+    },
+    "dataset.eval_split": Option(kind=float, ge=0, lt=1),
+    "optimizer.grad_clip_norm": Option(kind=float, ge=0),
+    "optimizer.eps": Option(kind=float, ge=0),
+    "scheduler.num_decay_steps": Option(kind=int, ge=1),
+    "scheduler.peak_lr": Option(kind=float, gt=0, reason="LeRobot divides by it"),
+    "scheduler.decay_lr": Option(kind=float, ge=0),
+}
+"""Bounds of LeRobot's fields, which are checked where a configuration names them."""
 
 
 def register() -> None:
     """Give Hydra the schemas that conf/config.yaml and conf/hydra/sweeper/optuna.yaml extend."""
     ConfigStore.instance().store(name="schema", node=Config)
     ConfigStore.instance().store(group="hydra/sweeper", name="schema", node=OptunaConfig)
-    # Hydra copies the whole store for every group that --help lists, half of its time; nobody writes to the copies.
-    ConfigStore.__deepcopy__ = lambda self, _: self
+    # A value that is not a number is left to validation, which names its key.
+    OmegaConf.register_new_resolver(
+        "min", lambda *values: min(value for value in values if isinstance(value, int | float)), replace=True
+    )
     # The presets in conf/hydra/launcher extend the plugin's nodes by having their names, which Hydra 1.3 frowns upon;
     # the other way, a defaults list, would need the plugin's nodes to have names of their own.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -331,6 +371,6 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 OUR_SECTIONS = {field.name for field in fields(Config) if is_dataclass(field.type)}
-"""Typed by config.py; the others are LeRobot's, whose defaults are its own."""
+"""Typed here; the others are LeRobot's, whose defaults are its own."""
 METADATA_FILE = "pusht_act.json"
 """In a checkpoint's two folders, what LeRobot does not keep."""

@@ -7,50 +7,95 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from pusht_act.config.schema import EMBEDDED_REPO_ID, MAX_DEMOS, PROFILED_STEPS, TRAIN_MODES, Config, Mode
+from pusht_act.config.options import Option, find_options
+from pusht_act.config.schema import (
+    EMBEDDED_REPO_ID,
+    LEROBOT_OPTIONS,
+    MAX_DEMOS,
+    PROFILED_STEPS,
+    TRAIN_MODES,
+    TRAINING,
+    Config,
+    Mode,
+    to_dict,
+)
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.runtime.errors import UserError
 
-POSITIVE = (
-    *("steps", "batch_size", "eval.n_episodes", "eval.batch_size"),
-    *(f"policy.{key}" for key in ("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward")),
-    *(f"policy.{key}" for key in ("latent_dim", "n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers")),
-    *("env.episode_length", "env.fps", "env.visualization_width", "env.visualization_height"),
-    *("scheduler.num_decay_steps", "sweep.max_tries"),
-)
-NOT_NEGATIVE = (
-    *("seed", "log_freq", "eval_freq", "eval_steps", "save_freq", "eval.start_seed"),
-    *("eval.n_videos", "eval.workers"),
-    *("checkpoints.keep_last", "checkpoints.keep_every", "train.max_nonfinite"),
-    *("train.max_rollbacks", "status.every"),
-    *("demos.start_seed", "demos.workers"),
-    *(f"policy.{key}" for key in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")),
-    *("optimizer.grad_clip_norm", "optimizer.eps", "scheduler.decay_lr"),
-)
-PRECISIONS = (None, "fp32", "bf16")
-WANDB_MODES = (None, "online", "offline", "disabled")
+OPTIONS = dict(find_options(Config)) | LEROBOT_OPTIONS
+"""The rules of each option, by its dotted key; a section's own are there too."""
 
 
 def to_config(cfg: DictConfig) -> Config:
-    """StepResult a composed configuration into a checked `Config`; below this nothing sees a `DictConfig`.
+    """Return a composed configuration as a validated `Config`; below this nothing sees a `DictConfig`.
 
     Raises:
         UserError: an unknown key, a wrong type or an impossible value, named with its remedy; or a token.
     """
     if unknown := [str(key) for key in cfg if str(key) not in {f.name for f in fields(Config)}]:
         raise UserError(f"{unknown[0]} is unknown: --cfg job shows the keys there are")
+    check_secrets(cfg)
     try:
-        untyped = OmegaConf.create(OmegaConf.to_container(cfg))  # so that no objection to a type shows the value
-        refuse_tokens("", OmegaConf.to_container(untyped, resolve=True))
-        merged = OmegaConf.merge(OmegaConf.structured(Config), cfg)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg))
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} has no value: give {error.full_key}=VALUE") from error
     except OmegaConfBaseException as error:
         raise UserError(str(error.msg or error).splitlines()[0]) from error
     assert isinstance(config, Config)
-    _check(config, merged)
+    _check(config)
     return config
+
+
+def check_secrets(cfg: DictConfig) -> None:
+    """Refuse a configuration that holds a token.
+
+    Raises:
+        UserError: naming the key, without the value; or a value refers to one that is not there.
+    """
+    try:
+        # An untyped copy, so that an objection to a value's type cannot show a token before it is refused here.
+        untyped = OmegaConf.create(OmegaConf.to_container(cfg))
+        refuse_tokens("", OmegaConf.to_container(untyped, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(str(error.msg or error).splitlines()[0]) from error
+
+
+def check_value(key: str, value: Any) -> None:
+    """Check `value` against the range or the choices of the option `key`.
+
+    Raises:
+        UserError: naming the key, the value and what to give.
+    """
+    option = OPTIONS.get(key, Option())
+    objection = _objection(value, option)
+    if objection:
+        wanted = f"{key}={option.describe()}" if option.choices else option.describe()
+        if option.nonempty:
+            wanted = f"{key}=NAME, or leave it out"
+        because = f" ({option.reason})" if option.reason else ""
+        raise UserError(f"{key}={value} {objection}: give {wanted}{because}")
+
+
+def _objection(value: Any, option: Option) -> str | None:
+    """Return what is wrong with `value`."""
+    if option.choices:
+        return None if value in option.choices else "is unknown"
+    if option.nonempty:
+        return None if value else "is empty"
+    return _objection_to_number(value, option) if option.bounded else None
+
+
+def _objection_to_number(value: Any, option: Option) -> str | None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "is not a number"
+    if option.kind is int and not isinstance(value, int):
+        return "is not a whole number"
+    if not math.isfinite(value):
+        return "is not a finite number"
+    if option.contains(value):
+        return None
+    low = option.gt if option.ge is None else option.ge
+    return "is too small" if low is not None and value <= low else "is too large"
 
 
 def check_processes(mode: Mode, profile: bool, processes: int) -> None:
@@ -61,7 +106,7 @@ def check_processes(mode: Mode, profile: bool, processes: int) -> None:
     """
     if processes == 1:
         return
-    if mode not in (Mode.test, Mode.full, Mode.resume):
+    if mode not in TRAINING:
         raise UserError(f"mode={mode.value} is for one process, and these are {processes}: give it without torchrun")
     if profile:
         raise UserError(f"train.profile=true is for one process, and these are {processes}: leave it out")
@@ -81,12 +126,11 @@ def check_share(batch_size: int, processes: int) -> None:
         )
 
 
-def _check(config: Config, cfg: Any) -> None:
+def _check(config: Config) -> None:
     """Refuse what can be refused without importing torch."""
-    for keys, lowest in ((POSITIVE, 1), (NOT_NEGATIVE, 0)):
-        for key in keys:
-            _check_number(key, OmegaConf.select(cfg, key, default=lowest), lowest)
-    _check_mode(config)
+    _check_values(config)
+    check_target(config.mode, config.checkpoint, config.dir)
+    _check_training(config)
     _check_precision(config)
     _check_dataset(config)
     chunk, replan = config.policy.get("chunk_size"), config.policy.get("n_action_steps")
@@ -95,10 +139,6 @@ def _check(config: Config, cfg: Any) -> None:
             f"policy.n_action_steps={replan} exceeds policy.chunk_size={chunk}: "
             f"give policy.n_action_steps={chunk} or less"
         )
-    if config.policy.get("type") != "act":
-        raise UserError(f"policy.type={config.policy.get('type')} is not trained here: give policy.type=act")
-    if config.policy.get("n_obs_steps", 1) != 1:
-        raise UserError(f"policy.n_obs_steps={config.policy['n_obs_steps']}: ACT looks at one step, leave it out")
     if config.policy.get("push_to_hub") and not config.save_checkpoint:
         raise UserError("save_checkpoint=false leaves nothing for policy.push_to_hub=true to upload: give one of them")
     if config.checkpoints.keep_every and not config.checkpoints.keep_last:
@@ -106,46 +146,35 @@ def _check(config: Config, cfg: Any) -> None:
             f"checkpoints.keep_every={config.checkpoints.keep_every}: all are kept with checkpoints.keep_last=0; "
             "give checkpoints.keep_last=3, say, or leave it out"
         )
-    if config.wandb.mode not in WANDB_MODES:
-        raise UserError(f"wandb.mode={config.wandb.mode} is unknown: give online, offline or disabled")
-    peak = config.scheduler.get("peak_lr", 1)
-    if not isinstance(peak, int | float) or not 0 < peak < math.inf:  # LeRobot divides by it
-        raise UserError(f"scheduler.peak_lr={peak} is no rate: give one above 0, such as that of policy.optimizer_lr")
-    for key in ("output_dir", "job_name"):
-        if not getattr(config, key):
-            raise UserError(f"{key}= is empty: give {key}=NAME, or leave it out")
 
 
-def _check_number(key: str, value: Any, lowest: int) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise UserError(f"{key}={value} is not a number: give {lowest} or more")
-    if key in POSITIVE and not isinstance(value, int):
-        raise UserError(f"{key}={value}: give a whole number, {lowest} or more")
-    if not math.isfinite(value):
-        raise UserError(f"{key}={value} is no finite number: give {lowest} or more")
-    if value < lowest:
-        raise UserError(f"{key}={value} is too small: give {lowest} or more")
+def _check_values(config: Config) -> None:
+    """Check each option on its own."""
+    plain = to_dict(config)
+    for key in OPTIONS:
+        section, _, name = key.rpartition(".")
+        values = plain[section] if section else plain
+        # The schema says which of our own options may be null; LeRobot's bounded fields may not.
+        if name in values and (values[name] is not None or key in LEROBOT_OPTIONS):
+            check_value(key, values[name])
+    if config.policy.get("type") is None:
+        check_value("policy.type", None)
 
 
-def _check_mode(config: Config) -> None:
-    """Each mode has its own way of naming a checkpoint; one that would be ignored is refused."""
-    if config.mode is Mode.eval and not config.checkpoint:
+def check_target(mode: Mode, checkpoint: str | None, directory: str | None) -> None:
+    """Check that mode=eval and mode=status are told what to look at.
+
+    Raises:
+        UserError: naming the option to give.
+    """
+    if mode is Mode.eval and not checkpoint:
         raise UserError("mode=eval needs a checkpoint: give checkpoint=PATH_OR_HUB_ID")
-    if config.mode is not Mode.eval and config.checkpoint:
-        raise UserError(f"checkpoint={config.checkpoint} is for mode=eval: give mode=eval, or resume.path= to train on")
-    if config.mode is Mode.status and not config.dir:
+    if mode is Mode.status and not directory:
         raise UserError("mode=status needs a folder: give dir=DIR, that of a sweep or a run directory")
-    if config.mode is not Mode.resume and config.resume.path:
-        raise UserError(f"resume.path={config.resume.path} is for mode=resume: give mode=resume too, or leave it out")
-    if config.mode is Mode.demos and config.demos.n_episodes < 1:
-        raise UserError(f"demos.n_episodes={config.demos.n_episodes} is too small: give 1 or more")
-    if config.mode is Mode.demos and config.policy.get("push_to_hub"):
-        raise UserError("policy.push_to_hub=true: mode=demos makes a data set, give demos.push_to_hub=true to push it")
-    if config.mode in (Mode.eval, Mode.resume) and (path := config.policy.get("pretrained_path")):
-        raise UserError(
-            f"policy.pretrained_path={path} begins a new run: mode={config.mode.value} has a checkpoint of its own, "
-            "leave it out"
-        )
+
+
+def _check_training(config: Config) -> None:
+    """Refuse what contradicts the way in which a run starts."""
     if config.mode in TRAIN_MODES and (given := {"input_features", "output_features"} & {*config.policy}):
         key = min(given)
         raise UserError(f"policy.{key}={config.policy[key]}: features are taken from the data set, leave it out")
@@ -154,10 +183,7 @@ def _check_mode(config: Config) -> None:
 
 
 def _check_precision(config: Config) -> None:
-    precision = config.train.precision
-    if precision not in PRECISIONS:
-        raise UserError(f"train.precision={precision} is unknown: give fp32 or bf16")
-    if precision == "fp32" and config.policy.get("use_amp"):
+    if config.train.precision == "fp32" and config.policy.get("use_amp"):
         raise UserError("train.precision=fp32 contradicts policy.use_amp=true, which is bf16: leave one of them out")
     if config.train.fast_dropout and config.train.compile:
         raise UserError("train.fast_dropout=true: what is compiled has a dropout of its own, give train.compile=false")
@@ -179,13 +205,10 @@ def _check_dataset(config: Config) -> None:
         raise UserError(
             f"dataset.episodes={episodes} is no list of different numbers: give one such as [0,1,2], or leave it out"
         )
-    split = dataset.get("eval_split", 0.0)
-    if not isinstance(split, int | float) or not 0 <= split < 1:
-        raise UserError(f"dataset.eval_split={split} is not a fraction: give one from 0 up to, not including, 1")
-    if config.eval_steps and not split:
+    if config.eval_steps and not dataset.get("eval_split"):
         raise UserError(f"eval_steps={config.eval_steps} needs held-out episodes: give dataset.eval_split=0.1, say")
-    if config.mode is not Mode.demos and not 1 <= config.demos.n_episodes <= MAX_DEMOS:
-        raise UserError(f"demos.n_episodes={config.demos.n_episodes} is out of range: give 1 to {MAX_DEMOS}")
+    if config.mode is not Mode.demos and config.demos.n_episodes > MAX_DEMOS:
+        raise UserError(f"demos.n_episodes={config.demos.n_episodes} is too large: give 1 to {MAX_DEMOS}")
 
 
 def _are_numbers(episodes: Any) -> bool:

@@ -46,7 +46,7 @@ class EpisodeSampler:
 
     def state_at(self, step: int, batch_size: int, num_processes: int = 1) -> dict[str, int]:
         """Where stock training stands after `step` steps; for its checkpoints, which do not record the position."""
-        from lerobot.datasets.sampler import compute_sampler_state  # not at the top, see lerobot_imports.py
+        from lerobot.datasets.sampler import compute_sampler_state  # not at the top, see config/lerobot.py
 
         state: dict[str, int] = compute_sampler_state(step, len(self), batch_size, num_processes)
         return state

@@ -100,7 +100,7 @@ def collect(
             if not coming:
                 fewer = f"demos.n_episodes={solved} or " if solved else ""
                 raise UserError(
-                    f"demos.starts is used up with {solved} of {len(starts)} solved, fewer than "
+                    f"demos.initial_states is used up with {solved} of {len(starts)} solved, fewer than "
                     f"demos.n_episodes={count}: give {fewer}a longer list; what was planned is kept"
                 )
             made = coming.popleft()()

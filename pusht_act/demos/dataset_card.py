@@ -53,7 +53,8 @@ def push(root: Path, config: Config, figures: dict[str, float], command: str) ->
 
 def _fields(config: Config, figures: dict[str, float], command: str) -> dict[str, Any]:
     """What fills LeRobot's card template."""
-    start = "reset seed" if config.demos.starts is None else "start (agent x, y, block x, y in px, block angle in rad)"
+    from_seeds = config.demos.initial_states is None
+    start = "reset seed" if from_seeds else "start (agent x, y, block x, y in px, block angle in rad)"
     versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())
     description = (
         "Demonstrations of PushT (Chi et al. 2023), push the T onto its target, by a planner that knows the "

@@ -71,7 +71,7 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
     image = decode_env(config.env).obs_type == "pixels_agent_pos"
     target = Path(config.output_dir).resolve()
     _check_room(target, config.demos.n_episodes, image)
-    if config.demos.starts is None and config.demos.start_seed < CLEAN_SEEDS:
+    if config.demos.initial_states is None and config.demos.start_seed < CLEAN_SEEDS:
         log.warning(
             "demos.start_seed=%d: evaluation resets with seeds from 100,000 and 200,000 up; a policy must not be "
             "evaluated on starts that it was trained on", config.demos.start_seed,

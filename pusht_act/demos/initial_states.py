@@ -19,18 +19,18 @@ HEADER = ",".join(COLUMNS)
 
 
 def initial_states(demos: DemosConfig) -> Sequence[Start]:
-    """What `demos` has planned, in order: reset seeds without an end, or all states of the file `demos.starts`.
+    """What `demos` has planned, in order: reset seeds without an end, or all states of the file `demos.initial_states`.
 
     Raises:
         UserError: the file cannot be read, a line of it is no start, or it has fewer than `demos.n_episodes`.
     """
-    if demos.starts is None:
+    if demos.initial_states is None:
         return range(demos.start_seed, np.iinfo(np.int64).max)
-    starts = read_initial_states(demos.starts)
+    starts = read_initial_states(demos.initial_states)
     if len(starts) < demos.n_episodes:
         raise UserError(
-            f"demos.starts={demos.starts} has too few starts, {len(starts)}, for demos.n_episodes={demos.n_episodes}: "
-            f"give demos.n_episodes={len(starts)} or less, or a longer list"
+            f"demos.initial_states={demos.initial_states} has too few starts, {len(starts)}, for "
+            f"demos.n_episodes={demos.n_episodes}: give demos.n_episodes={len(starts)} or less, or a longer list"
         )
     return starts
 
@@ -48,22 +48,23 @@ def read_initial_states(path: str) -> list[Start]:
     except (OSError, UnicodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"demos.starts={path} cannot be read ({reason}): give a CSV file that begins {HEADER}"
+            f"demos.initial_states={path} cannot be read ({reason}): give a CSV file that begins {HEADER}"
         ) from error
     header = ",".join(cell.strip() for cell in rows[0][1]) if rows else ""
     if header != HEADER:
-        raise UserError(f"demos.starts={path} line 1: {header[:80]!r} is not the header: give {HEADER}")
+        raise UserError(f"demos.initial_states={path} line 1: {header[:80]!r} is not the header: give {HEADER}")
     if len(rows) == 1:
-        raise UserError(f"demos.starts={path} has no starts: give one a line below the header")
+        raise UserError(f"demos.initial_states={path} has no starts: give one a line below the header")
     lines: dict[Start, int] = {}
     for line, row in rows[1:]:
         try:
             start = _start(row)
         except ValueError as error:
-            raise UserError(f"demos.starts={path} line {line}: {error}") from error
+            raise UserError(f"demos.initial_states={path} line {line}: {error}") from error
         if start in lines:  # it would be the same episode again
             raise UserError(
-                f"demos.starts={path} line {line}: {describe_start(start)} is that of line {lines[start]}: remove it"
+                f"demos.initial_states={path} line {line}: {describe_start(start)} is that of line {lines[start]}: "
+                "remove it"
             )
         lines[start] = line
     return list(lines)

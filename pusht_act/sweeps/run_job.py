@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pusht_act.config.aliases import rename_overrides
+from pusht_act.config.overrides import is_output_dir_typed
 from pusht_act.config.schema import Metric, Mode
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import LockOwner
@@ -49,7 +51,7 @@ def run_sweep_job(
     if found.tries and cfg.mode in (Mode.test, Mode.full):
         cfg.resume.auto = True
     # Hydra gives each job a folder, unless the sweep names one itself.
-    given = any(override.startswith("output_dir=") for override in found.overrides)
+    given = is_output_dir_typed(found.overrides)
     output_dir = str(Path(cfg.output_dir).absolute() if given else node.runtime.output_dir)
     started = Job(
         number, found.overrides, "running", found.tries + 1, found.failures,
@@ -93,7 +95,8 @@ def _check_same_job(directory: Path, number: int, overrides: list[str]) -> None:
     # Optuna chooses the overrides of a job later, and a sweep may be given more trials on resume. In both cases nothing
     # is recorded for the job.
     grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
-    was, now = result_overrides(grid[number] if number < len(grid) else []), result_overrides(overrides)
+    recorded = rename_overrides(grid[number], quiet=True) if number < len(grid) else []
+    was, now = result_overrides(recorded), result_overrides(overrides)
     if was and was != now:
         raise UserError(
             f"job {number} of the sweep in {directory} {describe_difference(was, now)}: conf/ has changed since; "

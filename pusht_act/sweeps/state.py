@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pusht_act.config.aliases import rename_overrides
 from pusht_act.config.schema import Metric
 from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
@@ -105,11 +106,11 @@ def read_direction(directory: Path) -> str | None:
 def read_identity(directory: Path) -> list[str] | None:
     """Return the overrides that the sweep in `directory` was started with; None where there is no sweep."""
     try:
-        overrides: list[str] = json.loads((directory / IDENTITY).read_text())["overrides"]
+        overrides = rename_overrides(json.loads((directory / IDENTITY).read_text())["overrides"], quiet=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory / IDENTITY} is damaged ({error}): start another sweep") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
     return overrides
 
 

@@ -1,4 +1,4 @@
-"""demos.starts: demonstrations from a list of states, what lies beside them, and the lists that are refused."""
+"""demos.initial_states: demonstrations from a list of states, what lies beside them, and the lists that are refused."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def listed(folder: Path, *lines: str, header: str = HEADER) -> Path:
 
 
 def make(output_dir: Path, starts: Path, *overrides: str, count: int = 3, workers: int = 1) -> Result:
-    numbers = [f"demos.n_episodes={count}", f"demos.workers={workers}", f"demos.starts={starts}"]
+    numbers = [f"demos.n_episodes={count}", f"demos.workers={workers}", f"demos.initial_states={starts}"]
     return pusht_act.run(["mode=demos", "env=pusht_keypoints", *numbers, f"output_dir={output_dir}", *overrides])
 
 
@@ -114,7 +114,7 @@ def test_a_start_that_is_not_solved_is_left_out_and_a_list_that_is_used_up_says_
 
 def test_a_list_none_of_which_is_solved_asks_for_another(planned: list[Start], tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="demos.starts is used up with 0 of 1 solved, fewer than .*: give a longer list;"
+        ValueError, match="demos.initial_states is used up with 0 of 1 solved, fewer than .*: give a longer list;"
     ):
         make(tmp_path / "set", listed(tmp_path, GOOD[0]), count=1)
 
@@ -168,7 +168,7 @@ def test_a_list_that_is_wrong_is_refused_before_anything_is_written(
     lines: list[str], message: str, tmp_path: Path
 ) -> None:
     path = listed(tmp_path, *lines[1:], header=lines[0])
-    with pytest.raises(ValueError, match=f"demos.starts={path} {message}") as caught:
+    with pytest.raises(ValueError, match=f"demos.initial_states={path} {message}") as caught:
         make(tmp_path / "set", path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]
@@ -179,11 +179,12 @@ def test_a_list_that_cannot_be_read_is_refused(content: bytes | None, reason: st
     path = tmp_path / "starts.csv"
     if content:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"demos.starts={path} cannot be read \(.*{reason}.*\): give a CSV file"):
+    message = rf"demos.initial_states={path} cannot be read \(.*{reason}.*\): give a CSV file"
+    with pytest.raises(ValueError, match=message):
         make(tmp_path / "set", path)
     assert not (tmp_path / "set.work").exists()
 
 
 def test_a_list_and_a_first_seed_exclude_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="demos.start_seed=2000000 and demos.starts=.*: leave one of them out"):
+    with pytest.raises(ValueError, match="demos.start_seed=2000000 and demos.initial_states=.*: leave one of them out"):
         make(tmp_path / "set", listed(tmp_path, *GOOD), "demos.start_seed=2000000")

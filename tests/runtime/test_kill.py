@@ -27,7 +27,7 @@ def children(pid: int) -> list[int]:
 
 
 TRAINING = tiny_command("steps=100000", "eval_freq=1000000", "eval.workers=2")
-DEMOS = ["mode=demos", "env=pusht_keypoints", "demos.workers=2", "wandb.enable=false", "demos.n_episodes=500"]
+DEMOS = ["mode=demos", "env=pusht_keypoints", "demos.workers=2", "demos.n_episodes=500"]
 
 
 @pytest.mark.parametrize(("words", "at"), [(TRAINING, "step 2/"), (DEMOS, "planning 500")], ids=["training", "demos"])

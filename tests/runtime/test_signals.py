@@ -187,7 +187,7 @@ def test_an_evaluation_of_its_own_leaves_at_once_and_nothing_half_written(
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.04, 0.5])  # the first ones come while the workers begin
 def test_demonstrations_stop_at_once_and_leave_nothing(after: float, tmp_path: Path, job: Callable[..., Job]) -> None:
     target = tmp_path / "demos"
-    command = ["mode=demos", "env=pusht_keypoints", "demos.workers=2", "wandb.enable=false", f"output_dir={target}"]
+    command = ["mode=demos", "env=pusht_keypoints", "demos.workers=2", f"output_dir={target}"]
     stopping = job(*command, "demos.n_episodes=500")
     code, printed = stopping.stopped(signal.SIGTERM, "planning 500", after)
     assert code == 143
