@@ -1,4 +1,4 @@
-"""The features of lerobot/pusht and lerobot/pusht_keypoints."""
+"""Features and task of lerobot/pusht and lerobot/pusht_keypoints, which our data sets share."""
 
 from typing import Any
 
@@ -9,4 +9,4 @@ FEATURES: dict[str, dict[str, Any]] = {
     "observation.state": {"dtype": "float32", "shape": [2], "names": {"motors": ["motor_0", "motor_1"]}},
     "action": {"dtype": "float32", "shape": [2], "names": {"motors": ["motor_0", "motor_1"]}},
 }
-"""As in lerobot/pusht and lerobot/pusht_keypoints; pictures come straight from the renderer, with no video between."""
+"""Images here come straight from the renderer; the data sets on the Hub store them as video."""

@@ -28,7 +28,9 @@ from pusht_act.checkpoints.manifest import find_corruption
 from pusht_act.checkpoints.retention import remove, set_symlink
 from pusht_act.config.schema import Config
 from pusht_act.envs.vector_env import VectorEnv, make_vector_envs
-from pusht_act.evaluation.evaluate import Evaluation, evaluate
+from pusht_act.evaluation.evaluate import evaluate
+from pusht_act.evaluation.records import Evaluation
+from pusht_act.evaluation.rollout import Actor
 from pusht_act.policy.act import Processors
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir
@@ -190,9 +192,8 @@ class Evaluations:
     def _evaluate(self, step: int, policy: ACTPolicy, description: str | None) -> Evaluation:
         options = self.config.eval
         directory = self.run.evaluation(step, options.start_seed, options.n_episodes)
-        return evaluate(
-            policy, self.processors, self.envs, self.env, options, directory=directory, description=description
-        )
+        actor = Actor(policy, self.processors)
+        return evaluate(actor, self.envs, self.env, options, directory=directory, description=description)
 
     @property
     def _best_step(self) -> int | None:

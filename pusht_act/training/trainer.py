@@ -17,7 +17,7 @@ from pusht_act.checkpoints.checkpoint_io import TrainComponents
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.loader import BatchLoader
-from pusht_act.evaluation.evaluate import Evaluation
+from pusht_act.evaluation.records import Evaluation
 from pusht_act.policy.act import act_loss, autocast
 from pusht_act.runs.loggers import Metrics
 from pusht_act.runs.run_dir import RunDir

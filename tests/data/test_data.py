@@ -58,7 +58,7 @@ def test_a_video_decoded_in_parts_is_the_same(
 ) -> None:
     whole = open_lerobot_dataset(config(image_dataset)).arrays["observation.image"]
     monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path))
-    monkeypatch.setattr(lerobot_dataset, "PART", 7)
+    monkeypatch.setattr(lerobot_dataset, "FRAMES_PER_PART", 7)
     assert np.array_equal(open_lerobot_dataset(config(image_dataset)).arrays["observation.image"], whole)
 
 
@@ -151,12 +151,12 @@ def test_demos_equal_their_replay(cache: Path) -> None:
     from lerobot.envs.configs import PushtEnv
 
     from pusht_act.data.builtin_demos import open_builtin_demos
-    from pusht_act.demos import builtin as embedded
+    from pusht_act.demos import builtin
     from pusht_act.demos.replay import replay
 
     frames = open_builtin_demos(2, PushtEnv(obs_type="pixels_agent_pos"))
     assert set(frames.arrays) == {"observation.image", "observation.state", "action"}
-    second = embedded.load(2)[1]
+    second = builtin.load(2)[1]
     episode = replay(second.start, second.action, image=True)
     start, stop = frames.episodes[1]
     assert episode.image is not None

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pusht_act.evaluation.evaluate import Evaluation
+from pusht_act.evaluation.records import Evaluation
 from pusht_act.training import async_evaluation as evaluations
 from pusht_act.training import train_step as step_module
 from tests.helpers.training import metrics
