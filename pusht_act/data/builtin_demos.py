@@ -63,6 +63,7 @@ def _build(demos: list[Demonstration], image: bool, mirror: bool, allocate: Allo
         for dtype in ["uint8" if key.endswith("image") else "float32"]
     }
     for i, episode in _replay(demos, image):
+        # Other versions of the physics may have changed the outcome; such labels must not be trained on.
         if not episode.success[-1]:
             raise UserError(
                 f"built-in demonstration {i} does not solve PushT when replayed with gym-pusht {version('gym-pusht')} "
@@ -72,6 +73,7 @@ def _build(demos: list[Demonstration], image: bool, mirror: bool, allocate: Allo
     return BuiltDataset(
         episodes=np.stack([bounds[:-1], bounds[1:]], axis=1),
         tasks=[TASK] * len(demos),
+        # As LeRobot has them, so that a checkpoint says the same whatever data set it was trained on.
         features={key: FEATURES[key] for key in keys},
         stats={key: _stats(array) for key, array in arrays.items()},
         fps=10,
@@ -84,6 +86,7 @@ def _store(arrays: dict[str, np.ndarray], rows: slice, episode: ReplayedEpisode)
     if episode.image is None:
         arrays["observation.environment_state"][rows] = episode.environment_state
     else:
+        # Channels first, as PyTorch takes images.
         arrays["observation.image"][rows] = episode.image.transpose(0, 3, 1, 2)
 
 

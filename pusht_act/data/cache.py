@@ -98,8 +98,10 @@ def load_or_build(repo_id: str, key: str, build: Callable[[Allocate], BuiltDatas
         OSError: The disk has no room for the arrays.
     """
     folder = cache_root() / f"{key}-v{FORMAT}"
+    # Without the lock at first: usually the data set is there and sound.
     if _find_corruption(folder) is not None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # The lock is beside the folder, since the folder itself is replaced.
         with FileLock(f"{folder}.lock"):
             # Look again under the lock: another process may have built it meanwhile.
             if (damage := _find_corruption(folder)) is not None:
@@ -155,6 +157,7 @@ def _find_corruption(folder: Path) -> str | None:
         checksum, meta = _read_meta(folder)
         if checksum != zlib.crc32(meta):
             return f"{path.name} has another checksum than was written"
+        # Reading every byte also brings the arrays into the page cache, where training finds them.
         for name, written in json.loads(meta)["arrays"].items():
             path = folder / f"{name}.npy"
             if _checksum(path) != written:
@@ -167,6 +170,7 @@ def _find_corruption(folder: Path) -> str | None:
 
 def _read_meta(folder: Path) -> tuple[int, bytes]:
     """Return the CRC-32 in the first line of meta.json, and the JSON after it."""
+    # meta.json cannot contain its own checksum, so that is a line above it.
     checksum, _, meta = (folder / "meta.json").read_bytes().partition(b"\n")
     return int(checksum), meta
 

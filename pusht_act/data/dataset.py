@@ -21,6 +21,7 @@ def open_dataset(config: Config, lerobot: LeRobotConfig) -> FrameDataset:
         FileNotFoundError: There is no such data set.
     """
     if lerobot.dataset.repo_id == EMBEDDED_REPO_ID:
+        # Imported late: each of the two brings libraries that the other does not need.
         from pusht_act.data.builtin_demos import open_builtin_demos
 
         return open_builtin_demos(config.demos.n_episodes, lerobot.env, config.demos.mirror)
@@ -57,6 +58,7 @@ def normalization_stats(frames: FrameDataset, use_imagenet_stats: bool) -> dict[
         for key in frames.arrays
     }
     if use_imagenet_stats:
+        # Only some statistics are ImageNet's; the others, such as min and max, stay the data set's.
         for key in frames.image_keys:
             stats[key] |= {name: torch.tensor(value, dtype=torch.float32) for name, value in IMAGENET_STATS.items()}
     return stats
@@ -81,6 +83,7 @@ def split_episodes(frames: FrameDataset, episodes: list[int] | None, eval_split:
         raise UserError(f"dataset.episodes={outside} are not in {frames.repo_id}: it has 0 to {total - 1}")
     if not eval_split:
         return chosen, []
+    # By task, as stock LeRobot does, although PushT has a single one.
     by_task: dict[str, list[int]] = {}
     for episode in chosen:
         by_task.setdefault(frames.tasks[episode], []).append(episode)

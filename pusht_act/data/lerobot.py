@@ -29,9 +29,11 @@ def find_dataset(dataset: DatasetConfig) -> Path:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
 
+    # Local copies first, so that a job on a node without network starts at once.
     local = HF_LEROBOT_HOME / dataset.repo_id
     if (local / "meta" / "info.json").exists():
         return Path(local)
+    # LeRobot tags data sets by their format version.
     revision = dataset.revision or CODEBASE_VERSION
     try:
         return Path(

@@ -111,6 +111,7 @@ def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
 
 
 def _content_hash(root: Path) -> str:
+    # Of names within the data set and contents: a data set that was moved or copied is decoded once.
     digest = hashlib.sha256()
     for path in sorted(p for folder in ("meta", "data", "videos") for p in (root / folder).rglob("*") if p.is_file()):
         digest.update(path.relative_to(root).as_posix().encode())
@@ -120,6 +121,7 @@ def _content_hash(root: Path) -> str:
 
 
 def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDataset:
+    # Rewards, indices and timestamps are of no use to training: do not cache them.
     features = {k: f for k, f in info["features"].items() if k.startswith("observation.") or k == "action"}
     total = info["total_frames"]
     log.info("decoding %s once: %d frames", root, total)
@@ -149,6 +151,7 @@ def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDatase
 def _fill(root: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     columns = [key for key in arrays if info["features"][key]["dtype"] != "video"]
     table = _read_parquet(root / "data", [*columns, "index", "timestamp", "episode_index"])
+    # The rows of all files together are the frames in order; nothing below would notice a missing file.
     if not np.array_equal(table["index"].to_numpy(), np.arange(info["total_frames"])):
         raise UserError(f"{root / 'data'} is damaged: its frames are not 0 to {info['total_frames'] - 1}")
     for key in columns:
@@ -217,6 +220,7 @@ def _decode_part(
     """
     frames = _video_frames(path, wanted[0][1] - tolerance)
     for index, time in wanted:
+        # LeRobot takes the frame that is nearest in time, which is within half a frame of it.
         image = next((image for at, image in frames if at > time - tolerance), None)
         if image is None:
             raise UserError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
@@ -231,7 +235,9 @@ def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            # The parts of the files already share out the cores.
             stream.codec_context.thread_count = 1
+            # PyAV seeks to the last key frame before `start`; frames in between have to be decoded, too.
             if start > 0 and stream.time_base is not None:
                 container.seek(int(start / stream.time_base), stream=stream)
             for frame in container.decode(stream):

@@ -58,6 +58,7 @@ class BatchLoader:
     def __init__(self, frames: FrameDataset, chunk_size: int, device: str, room: float | None = None) -> None:
         image_bytes = sum(frames.arrays[key].nbytes for key in frames.image_keys)
         room = image_memory_budget(device) if room is None else room
+        # States and actions take some megabytes and always fit.
         on_host = frames.image_keys if image_bytes > room else []
         if on_host:
             log.info(
@@ -67,6 +68,7 @@ class BatchLoader:
         self._on_host = {key: frames.arrays[key] for key in on_host}
         self._arrays = {k: torch.from_numpy(a).to(device) for k, a in frames.arrays.items() if k not in on_host}
         self._images = frames.image_keys
+        # For each frame the last one of its episode, where its chunk of actions has to end.
         lengths = np.diff(frames.episodes, axis=1).ravel()
         self._last_frame = torch.from_numpy(np.repeat(frames.episodes[:, 1] - 1, lengths)).to(device)
         self._offsets = torch.arange(chunk_size, device=device)
@@ -128,5 +130,6 @@ def image_memory_budget(device: str) -> float:
     # On a CPU the memory map is used in place.
     if not device.startswith("cuda"):
         return math.inf
+    # What is free now: other processes may be using the same GPU.
     free, _ = torch.cuda.mem_get_info(device)
     return free * IMAGE_MEMORY_FRACTION

@@ -25,6 +25,7 @@ class EpisodeSampler:
     """
 
     def __init__(self, frames: FrameDataset, episodes: list[int], seed: int) -> None:
+        # Sorted: LeRobot's sampler goes through the episodes in order, and a permutation is of positions in this array.
         bounds = frames.episodes[np.asarray(sorted(episodes))]
         self._seed = seed
         self._indices = np.concatenate([np.arange(start, stop) for start, stop in bounds])
@@ -36,6 +37,7 @@ class EpisodeSampler:
 
     def next_batch(self, batch_size: int) -> Int64[Tensor, " B"]:
         """Return the frame numbers of the next `batch_size` samples, fewer at the end of an epoch."""
+        # Not right after the batch before: a run that ends with an epoch would draw the next permutation in vain.
         if self._start_index >= len(self):
             self.load_state_dict({"epoch": self._epoch + 1, "start_index": 0}, self._rollbacks)
         positions = self._permutation[self._start_index : self._start_index + batch_size]

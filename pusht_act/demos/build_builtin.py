@@ -22,6 +22,7 @@ def succeeds(demo: Demonstration) -> bool:
     reset_to(env, demo.start)
     success = False
     for action in demo.action:
+        # The outcome of the last action counts: an episode may pass 0.95 and lose it again.
         success = bool(env.step(action)[4]["is_success"])
     return success
 
@@ -31,6 +32,7 @@ def collect_successes(count: int, workers: int) -> list[Demonstration]:
     successes: list[Demonstration] = []
     seed = FIRST_SEED
     while len(successes) < count:
+        # Never more than are missing, so that none is planned in vain; in portions, to report progress.
         seeds = list(range(seed, seed + min(200, count - len(successes))))
         seed = seeds[-1] + 1
         for demo in demonstrate_many(seeds, workers=workers):

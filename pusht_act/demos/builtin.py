@@ -38,6 +38,7 @@ def _read() -> tuple[Demonstration, ...]:
     found = content_hash(seed, length, action)
     if found != SHA256:
         raise UserError(f"{PATH}: sha256 {found[:12]}... is not {SHA256[:12]}...; {REMEDY}")
+    # Without noise, what was executed are the labels themselves.
     pieces = np.split(action, np.cumsum(length)[:-1])
     return tuple(
         Demonstration(int(s), piece, piece, float(c), True) for s, piece, c in zip(seed, pieces, covered, strict=True)

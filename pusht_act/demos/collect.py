@@ -72,6 +72,7 @@ def options_key(options: PlannerOptions) -> str:
     into one data set.
     """
     digest = hashlib.sha256(repr(astuple(options)).encode())
+    # The libraries whose numbers end up in a demonstration.
     for package in ("gym-pusht", "pymunk", "numpy", "numba"):
         digest.update(version(package).encode())
     for name in EXPERT_SOURCES:
@@ -127,6 +128,7 @@ def collect(
                 continue
             log.info("%s is skipped: not solved, %.3f covered", describe_start(demo.start), demo.coverage)
             failures = len(attempts) - solved
+            # A few failures may be bad luck; four of five are not.
             if failures >= MIN_FAILURES_TO_STOP and failures > 4 * solved:
                 raise UserError(
                     f"only {solved} of {len(attempts)} starts were solved with {options}: "
@@ -157,6 +159,7 @@ def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[S
 def _path(folder: Path, start: Start) -> Path:
     if isinstance(start, int):
         return folder / f"{start}.npz"
+    # Five floats make no good file name, and their text would lose the last bits.
     return folder / f"state-{hashlib.sha256(struct.pack('<5d', *start)).hexdigest()[:32]}.npz"
 
 
@@ -168,6 +171,7 @@ def _load_or_plan(folder: Path, options: PlannerOptions, start: Start) -> Demons
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        # Half a file, as after a power cut.
         log.warning("%s is damaged (%s): planning %s again", path, error, describe_start(start))
     made = demonstrate(start, options)
     part = path.with_suffix(f".{os.getpid()}.part")

@@ -62,7 +62,7 @@ def _fields(config: Config, figures: dict[str, float], command: str) -> dict[str
         f"`lerobot/{'pusht' if config.env['obs_type'] == 'pixels_agent_pos' else 'pusht_keypoints'}`.\n\n"
         "![an episode](film_strip.png)\n\n" + "\n".join(format_stats(figures)) + "\n\n"
         f"Made by\n\n```\n{command}\n```\n\nwith {versions}.\n\n"
-        f"`demonstrations.npz` has the {start} of each episode and the actions that were carried out, which differ "
+        f"`demonstrations.npz` has the {start} of each episode and the actions that were executed, which differ "
         "from the data set's by the injected noise, if there is any."
     )
     return {

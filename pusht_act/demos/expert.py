@@ -63,7 +63,9 @@ def demonstrate(start: Start, options: PlannerOptions | None = None) -> Demonstr
     options, start = options or PlannerOptions(), check_plannable(start)
     env = make_env()
     reset_to(env, start)
+    # A moving agent is on its way to a target ahead of it, which is the action before the first.
     planner = Planner(options, _key(start), np.array(env.agent.position) + LAG * np.array(env.agent.velocity))
+    # One more number in the seed than the planner's, so that the noise is independent of its draws.
     noise = np.random.default_rng([options.seed, *_key(start), 1]).standard_normal((MAX_STEPS, 2)) * options.noise
 
     planned, executed = np.empty((MAX_STEPS, 2), np.float32), np.empty((MAX_STEPS, 2), np.float32)
@@ -77,6 +79,7 @@ def demonstrate(start: Start, options: PlannerOptions | None = None) -> Demonstr
         covered.append(coverage(_read(env)))
         if covered[t] > options.coverage:
             break
+    # The last step, unless the expert ran out of time: then the best one.
     last = int(np.argmax(covered))
     return Demonstration(start, planned[: last + 1].copy(), executed[: last + 1].copy(), covered[last], solved[last])
 
@@ -97,6 +100,7 @@ def demonstrate_many(
     """
     if workers < 1:
         raise UserError(f"workers={workers}: give at least 1 process")
+    # All at once, so that a bad start is refused before hours of planning.
     starts, demos = [check_plannable(start) for start in starts], []
     workers = min(workers, max(1, len(starts)))
     with closing(imap(partial(demonstrate, options=options), starts, workers, f"{RETRY_HINT} workers")) as results:

@@ -3,6 +3,7 @@
 from typing import Any
 
 TASK = "Push the T-shaped block onto the T-shaped target."
+# LeRobot stores these in meta/info.json; a policy trained on one data set can read another only if they agree.
 FEATURES: dict[str, dict[str, Any]] = {
     "observation.image": {"dtype": "image", "shape": [96, 96, 3], "names": ["height", "width", "channel"]},
     "observation.environment_state": {"dtype": "float32", "shape": [16], "names": None},

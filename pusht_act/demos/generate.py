@@ -78,6 +78,7 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
     """
     image = decode_env(config.env).obs_type == "pixels_agent_pos"
     target = Path(config.output_dir).resolve()
+    # Hours of planning follow: refuse what cannot end well before they start.
     _check_room(target, config.demos.n_episodes, image)
     if config.demos.starts is None and config.demos.start_seed < CLEAN_SEEDS:
         log.warning(

@@ -26,6 +26,7 @@ def initial_states(demos: DemosConfig) -> Sequence[Start]:
         UserError: The file cannot be read, a line is not a state, or there are fewer than `demos.n_episodes`.
     """
     if demos.starts is None:
+        # Without an end, since a start that is not solved is replaced by the next.
         return range(demos.start_seed, np.iinfo(np.int64).max)
     starts = read_initial_states(demos.starts)
     if len(starts) < demos.n_episodes:
@@ -46,6 +47,7 @@ def read_initial_states(path: str) -> list[Start]:
         # utf-8-sig: spreadsheets put a byte order mark in front.
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
+            # With line numbers as an editor shows them: empty lines count, though they are skipped.
             rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error

@@ -57,6 +57,7 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
     counts = np.zeros((3, 256), np.int64)
     with _quiet():
         dataset = LeRobotDataset.create(
+            # Neither looked up nor written into the data set.
             "local/demos",
             FPS,
             features(image),
@@ -121,6 +122,7 @@ def _correct_statistics(root: Path, counts: Int64[np.ndarray, "3 256"], frames: 
     stats = json.loads(path.read_text())
     value, share = np.arange(256) / 255.0, counts / counts.sum(axis=1, keepdims=True)
     mean = share @ value
+    # Images have 256 values, so quantiles of the histogram are exact.
     below = np.cumsum(share, axis=1)
     exact = {
         "min": value[(counts > 0).argmax(axis=1)],
@@ -143,6 +145,7 @@ def _quiet() -> Iterator[None]:
     import av.logging
     import datasets
 
+    # SVT-AV1 encodes LeRobot's videos and reads its log level from the environment.
     os.environ.setdefault("SVT_LOG", "1")
     av.logging.set_libav_level(av.logging.ERROR)
     lerobot, bars = logging.getLogger("lerobot"), not datasets.are_progress_bars_disabled()

@@ -34,6 +34,7 @@ def with_mirror_images(demonstrations: Iterable[Demonstration]) -> Iterator[Demo
     for demo in demonstrations:
         yield demo
         reset_to(env, demo.start)
+        # Where the seed's reset put them; the image's start is a state.
         agent, block = reflect(np.array([env.agent.position, env.block.position]))
         start = (float(agent[0]), float(agent[1]), float(block[0]), float(block[1]), reflect_angle(env.block.angle))
 

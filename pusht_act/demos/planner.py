@@ -275,14 +275,17 @@ class Planner:
         plans = propose(state, self._recent[1], budget.horizon, self.options.speed, pushes, first, budget.stride)
         costs = _costs(state, plans, self._recent, weights, budget.candidates)
         best, cost = np.tile(self._recent[1], (budget.horizon, 1)), math.inf
+        # Refine the proposals that are cheapest as they are.
         for i in np.argsort(costs)[: budget.candidates]:
             if math.isfinite(costs[i]):
                 found = self._refine(state, plans[i], costs[i], weights, budget.refine, budget.sigma)
                 best, cost = found if found[1] < cost else (best, cost)
+        # In a stall the old plan is what led there: do not try it again.
         if len(old) and not stalled:
             old = np.concatenate((old, np.repeat(old[-1:], budget.horizon, axis=0)))[: budget.horizon]
             old_cost = _cost(state, old, self._recent, weights, math.inf)
             old, old_cost = self._refine(state, old, old_cost, weights, budget.refine, budget.sigma)
+            # Stay with the old plan unless the new one is clearly cheaper, so that the agent does not dither.
             best, cost = (old, old_cost) if cost > KEEP * old_cost else (best, cost)
         return self._refine(state, best, cost, weights, budget.finish, budget.sigma)[0]
 
@@ -299,6 +302,7 @@ class Planner:
         iterations, samples = effort
         for i in range(iterations):
             basis = _spline(len(plan), 6 if i < (iterations + 1) // 2 else 3)
+            # Coarse changes first: few knots and large steps; then more knots, and steps that shrink to _LAST_SIGMA.
             size = sigma * (_LAST_SIGMA / sigma) ** (i / max(1, iterations - 1))
             knots = self._random.standard_normal((samples, basis.shape[1], 2))
             tries = np.clip(plan + size * (basis @ knots), 0.0, ARENA)

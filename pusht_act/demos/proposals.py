@@ -174,6 +174,7 @@ def propose(
             if t + 3 > horizon:
                 break
             _add_push(plan, t, _STANDOFFS[k], NORMALS[k], pushes[p])
+            # Back into the arena's frame, and within the bounds of actions.
             for i in range(horizon):
                 x, y = plan[i, 0], plan[i, 1]
                 plan[i, 0] = min(max(cx + c * x - s * y, 0.0), ARENA)
@@ -191,6 +192,7 @@ def _route(start: Any, goal: Any, lengths: Any, last: Any, path: Any) -> int:
     if _sees(start[0], start[1], goal[0], goal[1]):
         path[1] = goal
         return 2
+    # Not in sight: by way of the corner that makes the path shortest.
     best, corner = math.inf, -1
     for i in range(len(_CORNERS)):
         if lengths[i] < math.inf and _sees(_CORNERS[i, 0], _CORNERS[i, 1], goal[0], goal[1]):

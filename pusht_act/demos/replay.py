@@ -54,6 +54,7 @@ def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False)
         UserError: An impossible start, no action at all, or an action that is not finite.
     """
     start = check_start(start)
+    # Data sets store float32, and the replay is exact only with the same bits.
     action = np.asarray(action, np.float32)
     if action.ndim != 2 or action.shape[1] != 2 or not len(action) or not np.isfinite(action).all():
         raise UserError(f"action has shape {action.shape}: give one or more rows of two finite numbers (px)")
@@ -68,10 +69,12 @@ def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False)
         if image:
             images.append(render_observation(env))
         poses.append(advance(env, chunk))
+    # One row more than actions: the first is the start itself.
     states = np.concatenate(poses)
     covered = coverage_of_poses(states[1:, 2:])
     done = np.zeros(len(action), np.bool_)
     done[-1] = True
+    # Row t holds the observation before action t, and the coverage, reward and success after it.
     return ReplayedEpisode(
         observation_state=states[:-1, :2].astype(np.float32),
         environment_state=keypoints(block_corners(env), states[:-1, 2:]).astype(np.float32),
@@ -97,6 +100,7 @@ def replay_all(
     Raises:
         OSError: A worker process was killed.
     """
+    # Without images a replay is too short to be worth a trip to a worker.
     work = partial(_replay_pair, image)
     return imap(work, trajectories, workers if image else 1, "give the same command again")
 

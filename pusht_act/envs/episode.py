@@ -8,6 +8,7 @@ import gym_pusht  # noqa: F401  (registers the environment)
 import numpy as np
 from jaxtyping import Float64
 
+# Everything in this module is pickled and sent between processes.
 Observation = dict[str, np.ndarray]
 """With gym-pusht's keys: agent_pos, and pixels or environment_state."""
 EnvState = Float64[np.ndarray, " 7"]
@@ -39,6 +40,7 @@ class VideoRequest:
 class EpisodeResult:
     """The record of one episode; the reward of a step is clip(coverage / 0.95, 0, 1)."""
 
+    # Names and order of the fields are the columns of episodes.csv.
     episode_ix: int
     seed: int
     success: bool = False
@@ -55,6 +57,7 @@ class StepResult:
 
     episode: EpisodeResult
     """The record of the episode so far."""
+    # An episode that has ended answers later chunks with its last result.
     running: bool
     state: EnvState
     observation: Observation

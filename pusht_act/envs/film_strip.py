@@ -22,10 +22,12 @@ def film_strip(
         images: Number of frames to show, evenly spaced from the first to the last.
         size: Width and height of each image, px.
     """
+    # A short episode has fewer frames than images are asked for; show each of them once.
     steps = np.unique(np.linspace(0, len(frames) - 1, images).round().astype(int))
     strip = Image.new("RGB", (len(steps) * (size + GAP) - GAP, size + CAPTION), "white")
     draw = ImageDraw.Draw(strip)
     for column, step in enumerate(steps):
+        # Captions name the seed in the first column and the outcome in the last.
         x = column * (size + GAP)
         strip.paste(Image.fromarray(frames[step]).resize((size, size), Image.Resampling.LANCZOS), (x, 0))
         caption = f"step {step}"

@@ -14,6 +14,7 @@ from pusht_act.runtime.versions import require_version
 require_version("gym-pusht", "0.1.8", __name__)
 
 
+# A NamedTuple, so that it can be unpacked into the arguments of a numba kernel.
 class Controller(NamedTuple):
     """The PD controller that moves the agent towards its target."""
 
@@ -27,6 +28,7 @@ class Controller(NamedTuple):
 
 def controller(env: Any) -> Controller:
     """Return the controller of a PushTEnv."""
+    # gym-pusht computes the number of substeps like this, with the rounding of its own floats.
     return Controller(int(1 / (env.dt * env.control_hz)), env.dt, env.k_p, env.k_v)
 
 
@@ -47,4 +49,5 @@ def last_action(env: Any) -> Any:
 
 def set_last_action(env: Any, action: np.ndarray | None) -> None:
     """Set the action that `render` marks by a cross; None for no cross."""
+    # gym-pusht sets it in its own `step`, which we do not call.
     env._last_action = action

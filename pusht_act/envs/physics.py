@@ -45,6 +45,8 @@ def _address(pointer: Any) -> int:
     return int(ffi.cast("uintptr_t", pointer))
 
 
+# Passed to the compiled code as arguments: addresses differ from process to process, so code that contained them
+# could not be cached on disk.
 _FUNCTIONS = tuple(_address(ffi.addressof(lib, name)) for name in _NAMES)
 
 
@@ -63,6 +65,7 @@ def _advance(
     step_space, set_velocity, get_velocity, get_position, get_angle = functions
     space, agent, block = objects
     for t in range(len(actions)):
+        # The agent is kinematic: physics steps do not change its velocity, so it need not be read again before each.
         vx, vy = _vector_of(get_velocity, agent)
         for _ in range(substeps):
             x, y = _vector_of(get_position, agent)
@@ -86,6 +89,7 @@ def _calling(returned: Any, result: Any, *given: Any) -> Any:
 
     def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
         function = ir.FunctionType(returned, [value.type for value in values[1:]]).as_pointer()
+        # cffi knows the functions' types, but numba does not: the call is typed by hand.
         value = builder.call(builder.inttoptr(values[0], function), values[1:])
         if returned is _VECTOR:
             return context.make_tuple(builder, result, [builder.extract_value(value, i) for i in range(2)])

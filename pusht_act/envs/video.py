@@ -32,6 +32,7 @@ class VideoWriter:
     def add(self, frame: UInt8[np.ndarray, "H W 3"]) -> None:
         """Encode the next frame; all have the size of the first."""
         height, width = (side - side % 2 for side in frame.shape[:2])
+        # The encoder opens at the first frame, and its size is fixed from then on.
         if not self._stream.codec_context.is_open:
             self._stream.width, self._stream.height = width, height
         # By OpenCV: FFmpeg's own conversion takes as long as all the rest.

@@ -50,6 +50,7 @@ def evaluate(
     with _ProgressBar(config.n_episodes, description) as progress:
         if directory is None:
             return _run_batches(actor, envs, spec, config, [], progress)
+        # Write beside the final place and rename: readers never see half an evaluation.
         part = directory.with_name(f".{directory.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         try:

@@ -30,6 +30,7 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """The metrics under LeRobot's names, and the 95 % interval of pc_success, in percent like it."""
         successes = sum(episode.success for episode in self.episodes)
+        # Success is a coin toss an episode, so a rate without its interval invites wrong conclusions.
         low, high = wilson_interval(successes, len(self.episodes))
         return {
             "pc_success": 100.0 * successes / len(self.episodes),
@@ -43,6 +44,7 @@ class Evaluation:
     @property
     def score(self) -> tuple[float, float]:
         """What checkpoints are compared by: the success rate, then how close the other episodes came."""
+        # Early in training several checkpoints have the same success rate, often none.
         return self.metrics["pc_success"], self.metrics["avg_max_reward"]
 
     def __str__(self) -> str:
@@ -66,8 +68,10 @@ def write_records(evaluation: Evaluation, directory: Path) -> None:
     """Write episodes.csv and metrics.json into `directory`."""
     episodes = evaluation.episodes
     with (directory / "episodes.csv").open("w", newline="") as file:
+        # With a seed in each row, so that two evaluations can be compared episode by episode.
         writer = csv.DictWriter(file, fieldnames=list(asdict(episodes[0])))
         writer.writeheader()
         writer.writerows(asdict(episode) for episode in episodes)
+    # With the first seed and the number of episodes the evaluation can be repeated.
     record = {**evaluation.metrics, "start_seed": episodes[0].seed, "eval_s": evaluation.seconds}
     (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -53,6 +53,7 @@ class Rollout:
 def env_spec(env: PushtEnv, policy: ACTConfig) -> EnvSpec:
     """Return the specification of `env`, with images of the size that `policy` takes."""
     kwargs = env.gym_kwargs
+    # A policy takes images of the size that it was trained on, whatever the environment's default.
     for feature in policy.image_features.values():
         kwargs |= {"observation_height": feature.shape[1], "observation_width": feature.shape[2]}
     return EnvSpec(env.gym_id, kwargs, env.obs_type, env.episode_length)
@@ -84,6 +85,7 @@ def rollout(
     actor.policy.reset()
     rolled_out = Rollout()
     results = envs.reset(spec, seeds, [*videos, *[None] * (len(seeds) - len(videos))])
+    # Finished environments return their last result again, and keep their row of the batch.
     while any(result.running for result in results):
         actions = actor.predict_actions(results)
         rolled_out.actions.append(actions)

@@ -26,6 +26,7 @@ from pusht_act.policy.lerobot import (
 from pusht_act.policy.torch_internals import cpu_has_bf16
 from pusht_act.runtime.errors import UserError
 
+# LeRobot does not wrap them: a damaged file can surface as nearly anything.
 PROCESSOR_ERRORS = (
     *(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
     ProcessorMigrationError,

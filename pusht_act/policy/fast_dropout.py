@@ -52,6 +52,7 @@ def fast_dropout() -> Iterator[None]:
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
         dropped = round(p * VALUES)
+        # Nothing to draw, or a case that does not occur in ACT.
         if not training or inplace or not 0 < dropped < VALUES:
             return stock(input, p, training, inplace)
         return input * _noise(input, dropped)
