@@ -347,12 +347,13 @@ def _evaluate(job: ResolvedJob) -> Result:
     with make_vector_envs(config.eval) as envs:
         from pusht_act.config.lerobot import decode_env, decode_policy
         from pusht_act.evaluation.evaluate import evaluate
+        from pusht_act.evaluation.rollout import Actor
         from pusht_act.policy.act import load_policy, load_processors
 
         policy_config, env = decode_policy(config.policy), decode_env(config.env)
         policy = load_policy(policy_config, checkpoint.model_dir)
         processors = load_processors(policy_config, checkpoint.model_dir)
-        evaluation = evaluate(policy, processors, envs, env, config.eval, directory=directory)
+        evaluation = evaluate(Actor(policy, processors), envs, env, config.eval, directory=directory)
     log.info("%s: %s", checkpoint.directory, evaluation)
     log.info("written to %s", directory)
     return Result(

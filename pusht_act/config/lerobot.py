@@ -43,6 +43,9 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from pusht_act.config.schema import Config
 from pusht_act.runtime.errors import UserError
 
+# Classes of LeRobot that other rooms take from here, so that each room imports LeRobot in one place.
+__all__ = ["DatasetConfig", "PushtEnv"]
+
 log = logging.getLogger(__name__)
 
 DATASET_KEYS = ("repo_id", "root", "episodes", "revision", "use_imagenet_stats", "eval_split")

@@ -1,17 +1,17 @@
-"""Data sets decoded once into memory-mapped arrays, outside the project, shared by every run on the machine.
+"""Cache decoded data sets as memory-mapped arrays that all runs on the machine share.
 
-    LeRobotDataset v3.0 (parquet + mp4)  or  the embedded demonstrations
+    LeRobotDataset v3.0 (parquet + mp4)  or  the built-in demonstrations
         -> <cache>/<content hash>/observation.image.npy  action.npy  ...  meta.json
         -> FrameDataset (np.memmap: pages are read on demand and shared between processes)
 
-The folder's name is a hash of the content it was made from, so a changed data set is another folder and nothing ever
-needs to be invalidated. It is made under a lock in a sibling and renamed into place.
+The name of the folder is a hash of its source, so a changed data set gets another folder and nothing ever needs to be
+invalidated. The folder is built beside its final place, under a lock, and then renamed.
 
-meta.json holds the CRC-32 of each array's file and of itself, and all of it is read whenever a data set is opened: what
-lost bytes, or has a bit that flipped, is made again. CRC-32 finds every run of up to 32 bits that changed, and other
-damage but for one case in four billion; it is no protection from somebody who means harm. It runs at 2.5 GB/s: 0.3 s
-for the 206 human demonstrations in pictures (0.7 GB), which training then finds in memory. What changes on disk or in
-memory after a run has opened it is not found.
+meta.json holds a CRC-32 of each array's file and of itself. All of them are checked whenever a data set is opened, and
+a damaged folder is built again. CRC-32 detects every burst of up to 32 changed bits, and misses other damage once in
+four billion cases; it does not protect from an attacker. It runs at 2.5 GB/s: 0.3 s for the images of the 206 human
+demonstrations (0.7 GB), which training then finds in the page cache. Changes after a run has opened the folder are not
+detected.
 """
 
 import json
@@ -33,44 +33,44 @@ from pusht_act.runtime.atomic import new_dir
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Part of every key; raise it when the layout below changes."""
+"""Part of every folder's name; increase it when the layout changes."""
 
 
 @dataclass(frozen=True)
 class FrameDataset:
-    """All frames of a data set, in order, episode after episode.
-
-    `arrays[key]` is [N, ...]: images uint8 [N, 3, H, W], the rest float32 [N, D]; `episodes` is int64 [E, 2], the first
-    frame of each episode and the one after its last; `tasks` holds one text an episode; `features` and `stats` are
-    LeRobot's info.json and stats.json.
-    """
+    """All frames of a data set in order, one episode after the other."""
 
     repo_id: str
     arrays: dict[str, np.ndarray]
+    """By feature: images uint8 [N, 3, H, W], the rest float32 [N, D]."""
     episodes: np.ndarray
+    """int64 [E, 2]: the first frame of each episode, and the one after its last."""
     tasks: list[str]
+    """The text of each episode's task."""
     features: dict[str, Any]
+    """The features of LeRobot's info.json."""
     stats: dict[str, Any]
+    """LeRobot's stats.json."""
     fps: int
     key: str = ""
-    """What `cached` stores them under, a hash of their content; empty for frames that were made otherwise."""
+    """Name of the folder in the cache, a hash of the content; empty for frames that are not from the cache."""
 
     def __len__(self) -> int:
         return int(self.episodes[-1, 1])
 
     @property
     def image_keys(self) -> list[str]:
-        """The features that are pictures."""
+        """The features that are images."""
         return [key for key, feature in self.features.items() if feature["dtype"] in ("video", "image")]
 
 
 Allocate = Callable[[str, tuple[int, ...], str], np.ndarray]
-"""(key, shape, dtype) -> the array on disk to fill."""
+"""(feature, shape, dtype) -> an array on disk to fill."""
 
 
 @dataclass(frozen=True)
 class BuiltDataset:
-    """What a builder returns once its arrays are filled: the rest of FrameDataset."""
+    """What a builder returns once it has filled its arrays: the other fields of FrameDataset."""
 
     episodes: np.ndarray
     tasks: list[str]
@@ -80,27 +80,35 @@ class BuiltDataset:
 
 
 def cache_root() -> Path:
-    """PUSHT_ACT_CACHE, else `pusht_act` in the user's cache folder."""
+    """Return the folder of the cache: PUSHT_ACT_CACHE, else `pusht_act` in the user's cache folder."""
     if root := os.environ.get("PUSHT_ACT_CACHE"):
         return Path(root)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pusht_act"
 
 
 def load_or_build(repo_id: str, key: str, build: Callable[[Allocate], BuiltDataset]) -> FrameDataset:
-    """The frames stored under `key`; `build` makes them when they are not there or damaged.
+    """Load the data set cached under `key`, after building it if it is missing or damaged.
 
-    Several processes may ask at once: one builds, the others wait for it.
+    Of several processes that ask at the same time one builds and the others wait.
+
+    Args:
+        repo_id: Name of the data set.
+        key: Hash of the data set's source.
+        build: Fills the arrays that its argument allocates.
 
     Raises:
-        OSError: the disk has no room for them.
+        OSError: The disk has no room for the arrays.
     """
     folder = cache_root() / f"{key}-v{FORMAT}"
+    # Without the lock at first: usually the data set is there and sound.
     if _find_corruption(folder) is not None:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # The lock is beside the folder, since the folder itself is replaced.
         with FileLock(f"{folder}.lock"):
-            if (damage := _find_corruption(folder)) is not None:  # nobody has made it meanwhile
+            # Look again under the lock: another process may have built it meanwhile.
+            if (damage := _find_corruption(folder)) is not None:
                 if folder.exists():
-                    log.warning("the cached data set %s is damaged (%s): making it again", folder, damage)
+                    log.warning("the cached data set %s is damaged (%s): building it again", folder, damage)
                 _build(folder, build)
     return _load(repo_id, folder)
 
@@ -143,23 +151,26 @@ def _write(part: Path, build: Callable[[Allocate], BuiltDataset]) -> None:
 
 
 def _find_corruption(folder: Path) -> str | None:
-    """The file in `folder` that is not what was written, and why; None when all are."""
+    """Return which file in `folder` is damaged and how, or None."""
     path = folder / "meta.json"
     try:
         checksum, meta = _read_meta(folder)
         if checksum != zlib.crc32(meta):
-            return f"{path.name} is not what was written"
+            return f"{path.name} has another checksum than was written"
+        # Reading every byte also brings the arrays into the page cache, where training finds them.
         for name, written in json.loads(meta)["arrays"].items():
             path = folder / f"{name}.npy"
             if _checksum(path) != written:
-                return f"{path.name} is not what was written"
-    except (OSError, ValueError) as error:  # a bad sector of the disk, too
+                return f"{path.name} has another checksum than was written"
+    except (OSError, ValueError) as error:
+        # A missing file, JSON that cannot be parsed, or a bad sector of the disk.
         return f"{path.name}: {error.strerror if isinstance(error, OSError) else error}"
     return None
 
 
 def _read_meta(folder: Path) -> tuple[int, bytes]:
-    """The CRC-32 in the first line of meta.json, and the JSON after it."""
+    """Return the CRC-32 in the first line of meta.json, and the JSON after it."""
+    # meta.json cannot contain its own checksum, so that is a line above it.
     checksum, _, meta = (folder / "meta.json").read_bytes().partition(b"\n")
     return int(checksum), meta
 
@@ -168,7 +179,7 @@ def _load(repo_id: str, folder: Path) -> FrameDataset:
     meta = json.loads(_read_meta(folder)[1])
     return FrameDataset(
         repo_id=repo_id,
-        # "c", copy on write: PyTorch warns at arrays that it could not write to; nobody does.
+        # "c", copy on write, since PyTorch warns about arrays that are not writable; nothing writes to them.
         arrays={name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in meta["arrays"]},
         episodes=np.asarray(meta["episodes"], dtype=np.int64).reshape(-1, 2),
         tasks=meta["tasks"],
@@ -180,7 +191,8 @@ def _load(repo_id: str, folder: Path) -> FrameDataset:
 
 
 def _checksum(path: Path) -> int:
-    """CRC-32 of a file. By reads, not through the memory map: a bad sector is then an error, not the process's end."""
+    """Return the CRC-32 of a file."""
+    # By reads rather than through the memory map: there a bad sector would kill the process by SIGBUS.
     checksum = 0
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):

@@ -1,7 +1,7 @@
-"""A LeRobotDataset v3.0 on disk or on the Hub -> FrameDataset: parquet by PyArrow, video by PyAV.
+"""Read a LeRobotDataset v3.0 into a FrameDataset: parquet by PyArrow, video by PyAV.
 
-The format: meta/info.json (features, paths), meta/stats.json, meta/episodes/**.parquet (one row an episode),
-data/**.parquet (one row a frame), videos/<key>/**.mp4 (several episodes one after the other in a file).
+The format is meta/info.json (features, paths), meta/stats.json, meta/episodes/**.parquet (one row an episode),
+data/**.parquet (one row a frame) and videos/<key>/**.mp4 (several episodes one after the other in a file).
 """
 
 import hashlib
@@ -19,63 +19,33 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lerobot.configs.default import DatasetConfig
 from PIL import Image
 from tqdm import tqdm
 
+from pusht_act.config.lerobot import DatasetConfig
 from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, load_or_build
+from pusht_act.data.lerobot import find_dataset
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.signals import submit_uninterrupted, wait_interruptible
 from pusht_act.runtime.system import cores
 
 log = logging.getLogger(__name__)
 
-PART = 1000
-"""FrameDataset of a video file that one thread decodes at a time."""
+# Long against the distance between two key frames, from which a thread has to start.
+FRAMES_PER_PART = 1000
+"""Frames of a video file that one thread decodes at a time."""
 
 
 def open_lerobot_dataset(dataset: DatasetConfig) -> FrameDataset:
-    """The frames of the data set that `dataset` names, decoded at the first call.
+    """Open the data set that `dataset` names; it is decoded into the cache when it is first opened.
 
     Raises:
-        FileNotFoundError: it is neither at `root`, nor in LeRobot's local folders, nor to be had from the Hub.
-        UserError: another format version, or a file that is damaged.
+        FileNotFoundError: It is neither at `root`, nor in LeRobot's local folders, nor on the Hub.
+        UserError: It has another format version, or a file is damaged.
     """
-    root = Path(dataset.root) if dataset.root else _from_hub(dataset)
+    root = Path(dataset.root) if dataset.root else find_dataset(dataset)
     info = _read_info(root)
     return load_or_build(dataset.repo_id, _content_hash(root), lambda allocate: _decode(root, info, allocate))
-
-
-def _from_hub(dataset: DatasetConfig) -> Path:
-    """LeRobot's own look-up: $HF_LEROBOT_HOME, its snapshot cache, then the Hub."""
-    from huggingface_hub import snapshot_download
-    from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-    from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
-
-    local = HF_LEROBOT_HOME / dataset.repo_id
-    if (local / "meta" / "info.json").exists():
-        return Path(local)
-    revision = dataset.revision or CODEBASE_VERSION
-    try:
-        return Path(
-            snapshot_download(
-                dataset.repo_id,
-                repo_type="dataset",
-                revision=revision,
-                cache_dir=HF_LEROBOT_HUB_CACHE,
-                local_files_only=True,
-            )
-        )
-    except (OSError, ValueError):
-        log.info("fetching %s from the Hub", dataset.repo_id)
-    try:
-        return Path(LeRobotDataset(dataset.repo_id, revision=dataset.revision, video_backend="pyav").root)
-    except Exception as error:  # the Hub client, httpx and LeRobot raise classes of their own
-        raise FileNotFoundError(
-            f"dataset.repo_id={dataset.repo_id} is not on this machine and cannot be fetched "
-            f"({type(error).__name__}): give dataset.root=PATH of a local copy, or dataset=demos for the embedded data"
-        ) from error
 
 
 def _read_info(root: Path) -> dict[str, Any]:
@@ -101,7 +71,10 @@ def _read_info(root: Path) -> dict[str, Any]:
 
 
 def _check_names(path: Path, info: dict[str, Any]) -> None:
-    """What info.json names stays within the data set: a feature is a file of the cache, a template one of the data."""
+    """Check that the names in info.json cannot lead outside the data set or the cache.
+
+    A feature names a file of the cache, a path template files of the data set.
+    """
     features = info.get("features")
     numbers = (info.get(key) for key in ("total_frames", "total_episodes", "fps"))
     if not isinstance(features, dict) or not all(isinstance(number, int | float) for number in numbers):
@@ -118,11 +91,12 @@ def _check_names(path: Path, info: dict[str, Any]) -> None:
 
 
 def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
-    """The file that a template of info.json names.
+    """Return the file that a path template of info.json names.
 
     Raises:
-        UserError: it lies outside of `root` (by its name: the Hub's cache is made of links), or is no template.
+        UserError: The template is invalid, or the file is outside `root`.
     """
+    # By name, without resolving links: files in the Hub's cache are links to elsewhere.
     try:
         path: Path = root / template.format(**values)
         inside = ".." not in path.relative_to(root).parts
@@ -137,6 +111,7 @@ def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
 
 
 def _content_hash(root: Path) -> str:
+    # Of names within the data set and contents: a data set that was moved or copied is decoded once.
     digest = hashlib.sha256()
     for path in sorted(p for folder in ("meta", "data", "videos") for p in (root / folder).rglob("*") if p.is_file()):
         digest.update(path.relative_to(root).as_posix().encode())
@@ -146,6 +121,7 @@ def _content_hash(root: Path) -> str:
 
 
 def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDataset:
+    # Rewards, indices and timestamps are of no use to training: do not cache them.
     features = {k: f for k, f in info["features"].items() if k.startswith("observation.") or k == "action"}
     total = info["total_frames"]
     log.info("decoding %s once: %d frames", root, total)
@@ -175,6 +151,7 @@ def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDatase
 def _fill(root: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     columns = [key for key in arrays if info["features"][key]["dtype"] != "video"]
     table = _read_parquet(root / "data", [*columns, "index", "timestamp", "episode_index"])
+    # The rows of all files together are the frames in order; nothing below would notice a missing file.
     if not np.array_equal(table["index"].to_numpy(), np.arange(info["total_frames"])):
         raise UserError(f"{root / 'data'} is damaged: its frames are not 0 to {info['total_frames'] - 1}")
     for key in columns:
@@ -189,17 +166,20 @@ def _fill(root: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> No
 
 
 def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.ndarray, out: np.ndarray) -> None:
-    """Every frame of feature `key` into `out` [N, 3, H, W], each the one LeRobot's PyAV reader would pick."""
+    """Decode every frame of feature `key` into `out` [N, 3, H, W], each the one LeRobot's PyAV reader would pick."""
     prefix = f"videos/{key}"
     names = ["dataset_from_index", "dataset_to_index", f"{prefix}/chunk_index", f"{prefix}/file_index"]
     rows = _read_parquet(root / "meta" / "episodes", [*names, f"{prefix}/from_timestamp"]).to_pylist()
-    files: dict[Path, list[tuple[int, float]]] = {}  # file -> (frame of the data set, its time in the file)
+
+    # By file: the number of each frame in the data set, and its time in the file (s).
+    files: dict[Path, list[tuple[int, float]]] = {}
     for row in rows:
         start, stop, chunk, file = (row[name] for name in names)
         path = _within(root, info["video_path"], "video_path", video_key=key, chunk_index=chunk, file_index=file)
         times = row[f"{prefix}/from_timestamp"] + timestamps[start:stop]
         files.setdefault(path, []).extend(zip(range(start, stop), times.tolist(), strict=True))
-    # FFmpeg's own threads share out the decoding alone, which is a third of the work.
+
+    # Threads of ours, since FFmpeg's would parallelize the decoding alone, a third of the work; the rest is conversion.
     parts = [(path, part) for path, wanted in files.items() for part in _parts(wanted)]
     stop = threading.Event()
     with (
@@ -215,22 +195,32 @@ def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.nd
                 wait_interruptible(job)
                 progress.update(job.result())
         finally:
-            stop.set()  # nobody waits for the others when one has failed
+            # When one part has failed, or a signal came, the others need not finish.
+            stop.set()
 
 
 def _parts(wanted: list[tuple[int, float]]) -> Iterator[list[tuple[int, float]]]:
-    """`wanted` of one file in the order of time, in stretches long against the way from one key frame to the next."""
+    """Split the frames of one file, ordered by time, into parts for the threads."""
     wanted.sort(key=lambda item: item[1])
-    for start in range(0, len(wanted), PART):
-        yield wanted[start : start + PART]
+    for start in range(0, len(wanted), FRAMES_PER_PART):
+        yield wanted[start : start + FRAMES_PER_PART]
 
 
 def _decode_part(
     path: Path, wanted: list[tuple[int, float]], tolerance: float, out: np.ndarray, stop: threading.Event
 ) -> int:
-    """Decode the frames `wanted` of a file into `out`; returns their number."""
+    """Decode frames of a file into `out` and return how many.
+
+    Args:
+        path: The video file.
+        wanted: Number of each frame in `out`, and its time in the file (s), ordered by time.
+        tolerance: How far a frame may be from its time, s.
+        out: uint8 [N, 3, H, W].
+        stop: Ends the decoding early when set.
+    """
     frames = _video_frames(path, wanted[0][1] - tolerance)
     for index, time in wanted:
+        # LeRobot takes the frame that is nearest in time, which is within half a frame of it.
         image = next((image for at, image in frames if at > time - tolerance), None)
         if image is None:
             raise UserError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
@@ -241,11 +231,13 @@ def _decode_part(
 
 
 def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]]:
-    """(time in seconds, picture uint8 [H, W, 3]) of every frame in order, from the key frame before `start` s on."""
+    """Yield the time (s) and image (uint8 [H, W, 3]) of each frame, from the last key frame before `start` (s) on."""
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            # The parts of the files already share out the cores.
             stream.codec_context.thread_count = 1
+            # PyAV seeks to the last key frame before `start`; frames in between have to be decoded, too.
             if start > 0 and stream.time_base is not None:
                 container.seek(int(start / stream.time_base), stream=stream)
             for frame in container.decode(stream):
@@ -256,7 +248,7 @@ def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]
 
 
 def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
-    """The parquet files of `folder`, in the order of their names, as one table."""
+    """Read the parquet files of `folder` as one table, in the order of their names."""
     paths = sorted(folder.rglob("*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no parquet file: fetch the data set again")

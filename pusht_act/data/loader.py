@@ -1,4 +1,4 @@
-"""From a data set to batches, without worker processes: frames are resident on the device, a batch is one gather.
+"""Gather batches on the device, without worker processes: all frames are resident, a batch is one indexing operation.
 
 FrameDataset, all N frames, memory-mapped            EpisodeSampler(seed): LeRobot's order of epoch 0, 1, ...
   observation.image   uint8   [N, 3, H, W]                          |
@@ -9,7 +9,7 @@ FrameDataset, all N frames, memory-mapped            EpisodeSampler(seed): LeRob
                                                 observation.state  float32 [B, 2]
                                                 action             float32 [B, chunk, 2], from the frame on; past
                                                                    the episode's end its last action, repeated
-                                                action_is_pad      bool    [B, chunk], True for those
+                                                action_is_pad      bool    [B, chunk], True for the repeated ones
 """
 
 import copy
@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from jaxtyping import Int64
-from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from pusht_act.data.cache import FrameDataset
+from pusht_act.data.lerobot import ACTION
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.runtime.distributed import shard
 
@@ -33,39 +33,48 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 BatchIndices = dict[str, Tensor]
-"""What a batch is gathered from: its frame numbers, and the pictures that are not on the device."""
+"""What a batch is gathered from: its frame numbers, and its images where those are not resident on the device."""
 INDEX = "index"
-"""The frame numbers in Inputs."""
+"""Key of the frame numbers in BatchIndices."""
 PREFETCH_BATCHES = 4
-"""Batches of pictures read before the step that wants them."""
+"""Batches whose images are read ahead of the training step."""
 IMAGE_MEMORY_FRACTION = 0.5
-"""Of the device's free memory: the rest is training's and evaluation's."""
+"""Share of the device's free memory for images; the rest is left to training and evaluation."""
 
 
 class BatchLoader:
-    """The samples of `frames`, gathered into batches on the device.
+    """Gather samples of `frames` into batches on the device.
 
-    All frames are moved there once. Pictures that take more than `room` bytes of it stay in the memory map; their rows
-    are read on the host and sent, some batches ahead of the step that wants them.
+    All frames are copied there once. Images that do not fit stay in the memory map: the rows of a batch are read on the
+    host and sent to the device, a few batches ahead of the step.
+
+    Args:
+        frames: The data set.
+        chunk_size: Number of actions in a sample.
+        device: Where the batches are.
+        room: Bytes that images may take on the device; None takes `image_memory_budget`.
     """
 
     def __init__(self, frames: FrameDataset, chunk_size: int, device: str, room: float | None = None) -> None:
-        pictures = sum(frames.arrays[key].nbytes for key in frames.image_keys)
+        image_bytes = sum(frames.arrays[key].nbytes for key in frames.image_keys)
         room = image_memory_budget(device) if room is None else room
-        on_host = frames.image_keys if pictures > room else []
+        # States and actions take some megabytes and always fit.
+        on_host = frames.image_keys if image_bytes > room else []
         if on_host:
             log.info(
-                "the pictures take %.3g GB, %s has room for %.3g: they are read from the cache, %d batches ahead",
-                pictures / 1e9, device, room / 1e9, PREFETCH_BATCHES,
+                "the images take %.3g GB, %s has room for %.3g GB: they are read from the cache, %d batches ahead",
+                image_bytes / 1e9, device, room / 1e9, PREFETCH_BATCHES,
             )  # fmt: skip
         self._on_host = {key: frames.arrays[key] for key in on_host}
         self._arrays = {k: torch.from_numpy(a).to(device) for k, a in frames.arrays.items() if k not in on_host}
         self._images = frames.image_keys
+        # For each frame the last one of its episode, where its chunk of actions has to end.
         lengths = np.diff(frames.episodes, axis=1).ravel()
         self._last_frame = torch.from_numpy(np.repeat(frames.episodes[:, 1] - 1, lengths)).to(device)
         self._offsets = torch.arange(chunk_size, device=device)
         self._device = device
-        self._pinned = device.startswith("cuda")  # only from pinned memory is a copy not waited for
+        # A copy to a GPU is asynchronous only from pinned memory.
+        self._pinned = device.startswith("cuda")
 
     def iter_batches(self, order: EpisodeSampler, batch_size: int) -> Generator[BatchIndices]:
         """Batch after batch of `order`, for `gather`; `order` counts those that were taken, not those read ahead.
@@ -99,15 +108,16 @@ class BatchLoader:
         return batch
 
     def batch(self, indices: Int64[Tensor, " B"]) -> Batch:
-        """The samples that start at frames `indices`."""
+        """Return the samples that start at frames `indices`."""
         return self.gather(self._to_device(self._read(indices)))
 
     def _read(self, indices: Int64[Tensor, " B"]) -> BatchIndices:
-        """What is not on the device yet, in memory that it can be copied from without waiting."""
+        """Read what is not resident on the device, into pinned memory if it is a GPU."""
         inputs = {INDEX: indices.pin_memory() if self._pinned else indices}
         for key, array in self._on_host.items():
             rows = torch.empty((len(indices), *array.shape[1:]), dtype=torch.uint8, pin_memory=self._pinned)
-            np.take(array, indices.numpy(), axis=0, out=rows.numpy(), mode="clip")  # "raise" would copy once more
+            # mode="raise" would go through a buffer and copy once more.
+            np.take(array, indices.numpy(), axis=0, out=rows.numpy(), mode="clip")
             inputs[key] = rows
         return inputs
 
@@ -116,8 +126,10 @@ class BatchLoader:
 
 
 def image_memory_budget(device: str) -> float:
-    """Bytes of `device` that pictures may take; what is in the CPU's memory map is there already."""
+    """Return how many bytes images may take on `device`."""
+    # On a CPU the memory map is used in place.
     if not device.startswith("cuda"):
         return math.inf
+    # What is free now: other processes may be using the same GPU.
     free, _ = torch.cuda.mem_get_info(device)
     return free * IMAGE_MEMORY_FRACTION

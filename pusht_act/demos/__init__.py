@@ -1,1 +1,1 @@
-"""Scripted demonstrations: the expert that solves PushT, its data sets and those embedded in the package."""
+"""Scripted demonstrations: the expert that solves PushT, its data sets, and the built-in demonstrations."""

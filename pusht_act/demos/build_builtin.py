@@ -1,4 +1,4 @@
-"""Write `embedded.npz` anew: `python -m pusht_act.demos.build_builtin [--count 2000] [--workers 2]`."""
+"""Build `builtin.npz` again: `python -m pusht_act.demos.build_builtin [--count 2000] [--workers 2]`."""
 
 import argparse
 import re
@@ -7,61 +7,64 @@ from pathlib import Path
 
 import numpy as np
 
-from pusht_act.demos import builtin as embedded
+from pusht_act.demos import builtin
 from pusht_act.demos.expert import Demonstration, demonstrate_many
 from pusht_act.envs.pusht import make_env, reset_to
 from pusht_act.runtime.system import cores
 
-FIRST_SEED = 1_000_000  # far from the seeds of evaluation (100,000 and 200,000 up) and of the human data (0 to 205)
+# Far from the seeds of evaluations (100,000 and 200,000 up) and of the human data (0 to 205).
+FIRST_SEED = 1_000_000
 
 
-def succeeds(made: Demonstration) -> bool:
-    """Whether the actions alone, carried out from the start by gym-pusht's own `step`, end in success."""
+def succeeds(demo: Demonstration) -> bool:
+    """Return whether the actions alone, executed by gym-pusht's own `step`, end in success."""
     env = make_env()
-    reset_to(env, made.start)
+    reset_to(env, demo.start)
     success = False
-    for action in made.action:
+    for action in demo.action:
+        # The outcome of the last action counts: an episode may pass 0.95 and lose it again.
         success = bool(env.step(action)[4]["is_success"])
     return success
 
 
-def make(count: int, workers: int) -> list[Demonstration]:
-    """The first `count` successes from `FIRST_SEED` on; each is replayed before it counts."""
-    kept: list[Demonstration] = []
+def collect_successes(count: int, workers: int) -> list[Demonstration]:
+    """Return the first `count` successes from `FIRST_SEED` on, each confirmed by a replay."""
+    successes: list[Demonstration] = []
     seed = FIRST_SEED
-    while len(kept) < count:
-        seeds = list(range(seed, seed + min(200, count - len(kept))))
+    while len(successes) < count:
+        # Never more than are missing, so that none is planned in vain; in portions, to report progress.
+        seeds = list(range(seed, seed + min(200, count - len(successes))))
         seed = seeds[-1] + 1
-        for made in demonstrate_many(seeds, workers=workers):
-            if made.success and succeeds(made):
-                kept.append(made)
+        for demo in demonstrate_many(seeds, workers=workers):
+            if demo.success and succeeds(demo):
+                successes.append(demo)
             else:
-                print(f"seed {made.start}: coverage {made.coverage:.3f}, left out", file=sys.stderr)
-        print(f"{len(kept)} of {count}", file=sys.stderr)
-    return kept
+                print(f"seed {demo.start}: coverage {demo.coverage:.3f}, left out", file=sys.stderr)
+        print(f"{len(successes)} of {count}", file=sys.stderr)
+    return successes
 
 
-def write(demonstrations: list[Demonstration]) -> str:
-    """Write the file and its hash into `embedded.py`; returns the hash."""
-    seed = np.array([made.start for made in demonstrations], np.int64)
-    length = np.array([len(made.action) for made in demonstrations], np.int64)
-    action = np.concatenate([made.action for made in demonstrations])
-    covered = np.array([made.coverage for made in demonstrations], np.float64)
-    np.savez_compressed(embedded.PATH, seed=seed, length=length, action=action, coverage=covered)
-    digest = embedded.content_hash(seed, length, action)
-    source = Path(embedded.__file__)
+def write_builtin(demos: list[Demonstration]) -> str:
+    """Write `builtin.npz`, put its hash into `builtin.py`, and return the hash."""
+    seed = np.array([demo.start for demo in demos], np.int64)
+    length = np.array([len(demo.action) for demo in demos], np.int64)
+    action = np.concatenate([demo.action for demo in demos])
+    covered = np.array([demo.coverage for demo in demos], np.float64)
+    np.savez_compressed(builtin.PATH, seed=seed, length=length, action=action, coverage=covered)
+    digest = builtin.content_hash(seed, length, action)
+    source = Path(builtin.__file__)
     source.write_text(re.sub(r'^SHA256 = ".*"$', f'SHA256 = "{digest}"', source.read_text(), flags=re.MULTILINE))
     return digest
 
 
 def main() -> None:
-    """Parse the command line, make the demonstrations, write them."""
-    parser = argparse.ArgumentParser(description="Write the embedded demonstrations anew.")
+    """Parse the command line, collect the demonstrations, write them."""
+    parser = argparse.ArgumentParser(description="Build the built-in demonstrations again.")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--workers", type=int, default=cores())
     arguments = parser.parse_args()
-    digest = write(make(arguments.count, arguments.workers))
-    print(f"{embedded.PATH}: {embedded.PATH.stat().st_size:,} bytes, sha256 {digest}")
+    digest = write_builtin(collect_successes(arguments.count, arguments.workers))
+    print(f"{builtin.PATH}: {builtin.PATH.stat().st_size:,} bytes, sha256 {digest}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Demonstrations that come with the package, so that the first training run needs no network."""
+"""The demonstrations that come with the package, so that a first training run needs no network."""
 
 import hashlib
 import zipfile
@@ -12,14 +12,16 @@ from pusht_act.demos.expert import Demonstration
 from pusht_act.runtime.errors import UserError
 
 PATH = Path(__file__).with_name("builtin.npz")
+# Written by build_builtin.
 SHA256 = "533550383611c0273824e5d3752bbb791a9dc68cc4fd21da0213bebc4f8861a7"
-REMEDY = "install the package again, or write the file anew with `python -m pusht_act.demos.build_builtin`"
+REMEDY = "install the package again, or rebuild the file by `python -m pusht_act.demos.build_builtin`"
 
 
 def content_hash(
     seed: Int64[np.ndarray, " N"], length: Int64[np.ndarray, " N"], action: Float32[np.ndarray, "S 2"]
 ) -> str:
-    """sha256 over the arrays' bytes (little-endian), which a repacked file keeps."""
+    """Return the SHA-256 of the arrays' contents."""
+    # Of little-endian bytes rather than of the file, which may be compressed differently.
     digest = hashlib.sha256()
     for array, kind in ((seed, "<i8"), (length, "<i8"), (action, "<f4")):
         digest.update(np.ascontiguousarray(array, kind).tobytes())
@@ -36,6 +38,7 @@ def _read() -> tuple[Demonstration, ...]:
     found = content_hash(seed, length, action)
     if found != SHA256:
         raise UserError(f"{PATH}: sha256 {found[:12]}... is not {SHA256[:12]}...; {REMEDY}")
+    # Without noise, what was executed are the labels themselves.
     pieces = np.split(action, np.cumsum(length)[:-1])
     return tuple(
         Demonstration(int(s), piece, piece, float(c), True) for s, piece, c in zip(seed, pieces, covered, strict=True)
@@ -43,10 +46,10 @@ def _read() -> tuple[Demonstration, ...]:
 
 
 def load(count: int) -> list[Demonstration]:
-    """The first `count` embedded demonstrations: successes from reset seeds, without noise.
+    """Return the first `count` built-in demonstrations: successes from reset seeds, without noise.
 
     Raises:
-        UserError: `count` is below 1 or above what there is, or the file is not the one that belongs to this version.
+        UserError: `count` is out of range, or the file is not the one that belongs to this version.
     """
     everything = _read()
     if not 1 <= count <= len(everything):

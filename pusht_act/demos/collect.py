@@ -1,7 +1,7 @@
-"""Demonstrations planned on many cores, each kept in a file of its own, so that a job that was killed goes on.
+"""Plan demonstrations on many cores and keep each in a file of its own, so that a killed job can resume.
 
-    starts  -> worker processes: demonstrate -> <folder>/<seed>.npz or <hash of the state>.npz, atomically
-            -> all that were tried, in the order of the starts, up to the last success
+    starts  -> worker processes: demonstrate -> <folder>/<seed>.npz or state-<hash of the state>.npz, atomically
+            -> all attempts in the order of the starts, up to the last success that is needed
 
 Workers import neither torch nor lerobot.
 """
@@ -33,23 +33,23 @@ from pusht_act.runtime.signals import submit_uninterrupted
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 20
-"""Failures before a low success rate ends the job; the default options had none in 2,000 resets."""
-DECIDES = (
+MIN_FAILURES_TO_STOP = 20
+"""Failures before a low success rate ends the job; the default options had no failure in 2,000 resets."""
+EXPERT_SOURCES = (
     *("demos/expert.py", "demos/planner.py", "demos/proposals.py"),
-    *("envs/coverage.py", "envs/pusht.py", "envs/simulator.py"),
+    *("envs/coverage.py", "envs/gym_pusht_internals.py", "envs/pusht.py", "envs/simulator.py"),
 )
-"""The sources that a demonstration depends on."""
+"""The source files that decide how a demonstration turns out."""
 
 Submit = Callable[[Start], Callable[[], Demonstration]]
-"""start -> a call that waits for its demonstration."""
+"""start -> a function that waits for its demonstration and returns it."""
 
 
 def planner_options(demos: DemosConfig) -> PlannerOptions:
-    """What `demos` asks of the planner.
+    """Return the planner's options in the `demos` section of the configuration.
 
     Raises:
-        UserError: an impossible value.
+        UserError: A value is out of its range.
     """
     try:
         return PlannerOptions(
@@ -61,15 +61,21 @@ def planner_options(demos: DemosConfig) -> PlannerOptions:
             seed=demos.seed,
         )
     except ValueError as error:
+        # The planner names its own options; name the key of the configuration.
         raise UserError(f"demos.{error}".replace("demos.noise", "demos.action_noise")) from error
 
 
 def options_key(options: PlannerOptions) -> str:
-    """A name for everything but the start that a demonstration depends on: demonstrations of one name may be mixed."""
+    """Return a hash of everything but the start that a demonstration depends on.
+
+    That is the options, the versions of the libraries, and our own sources. Demonstrations with the same key may go
+    into one data set.
+    """
     digest = hashlib.sha256(repr(astuple(options)).encode())
+    # The libraries whose numbers end up in a demonstration.
     for package in ("gym-pusht", "pymunk", "numpy", "numba"):
         digest.update(version(package).encode())
-    for name in DECIDES:
+    for name in EXPERT_SOURCES:
         digest.update((Path(__file__).parents[1] / name).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -77,17 +83,25 @@ def options_key(options: PlannerOptions) -> str:
 def collect(
     folder: Path, options: PlannerOptions, starts: Sequence[Start], count: int, workers: int
 ) -> list[Demonstration]:
-    """Demonstrations from `starts` in order, failures included, up to the `count`-th success.
+    """Collect demonstrations from `starts`, in order, until `count` of them have succeeded.
 
-    Exactly these are planned, whatever the number of `workers`; those that have a file in `folder` are read.
+    Args:
+        folder: Holds a file for each demonstration; those that are there are read, the others planned and written.
+        options: Options of the planner.
+        starts: Where the episodes start.
+        count: Number of successes.
+        workers: Number of processes; it does not change which starts are planned.
+
+    Returns:
+        All attempts, failures included, up to the `count`-th success.
 
     Raises:
-        UserError: hardly any start is solved with these options, or fewer than `count` of them all.
-        OSError: the disk is full, or the system killed a worker.
+        UserError: Hardly any start is solved with these options, or fewer than `count` of all of them.
+        OSError: The disk is full, or the system killed a worker.
     """
-    tried: list[Demonstration] = []
+    attempts: list[Demonstration] = []
     solved = 0
-    coming: deque[Callable[[], Demonstration]] = deque()
+    pending: deque[Callable[[], Demonstration]] = deque()
     kept = sum(_path(folder, start).exists() for start in starts[:count])
     log.info("planning %d demonstrations, workers: %d%s", count, workers, f", {kept} are there already" if kept else "")
     with (
@@ -95,42 +109,46 @@ def collect(
         tqdm(total=count, desc="planning", unit="demo", disable=None) as bar,
     ):
         while solved < count:
-            begun = len(tried) + len(coming)
-            coming.extend(map(submit, starts[begun : len(tried) + count - solved]))  # all of these will be needed
-            if not coming:
+            # Submit as many starts as successes are missing: each of them will be needed, whatever becomes of the
+            # others, so that nothing is planned that one process would not plan.
+            submitted = len(attempts) + len(pending)
+            pending.extend(map(submit, starts[submitted : len(attempts) + count - solved]))
+            if not pending:
                 fewer = f"demos.n_episodes={solved} or " if solved else ""
                 raise UserError(
                     f"demos.initial_states is used up with {solved} of {len(starts)} solved, fewer than "
                     f"demos.n_episodes={count}: give {fewer}a longer list; what was planned is kept"
                 )
-            made = coming.popleft()()
-            tried.append(made)
-            if made.success:
+
+            demo = pending.popleft()()
+            attempts.append(demo)
+            if demo.success:
                 solved += 1
                 bar.update()
                 continue
-            log.info("%s is skipped: not solved, %.3f covered", describe_start(made.start), made.coverage)
-            failures = len(tried) - solved
-            if failures >= PATIENCE and failures > 4 * solved:
+            log.info("%s is skipped: not solved, %.3f covered", describe_start(demo.start), demo.coverage)
+            failures = len(attempts) - solved
+            # A few failures may be bad luck; four of five are not.
+            if failures >= MIN_FAILURES_TO_STOP and failures > 4 * solved:
                 raise UserError(
-                    f"only {solved} of {len(tried)} starts were solved with {options}: "
-                    "give demos.speed, smoothness and action_noise nearer to their defaults"
+                    f"only {solved} of {len(attempts)} starts were solved with {options}: "
+                    "bring demos.speed, smoothness and action_noise closer to their defaults"
                 )
-    return tried
+    return attempts
 
 
 @contextmanager
 def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[Submit]:
-    """A function that has a start planned, in this process or by `workers` others."""
+    """Yield a function that submits a start to `workers` processes; with one worker, to this process."""
     if workers == 1:
         yield lambda start: partial(_load_or_plan, folder, options, start)
         return
 
     def submit(start: Start) -> Callable[[], Demonstration]:
-        there = _path(folder, start).exists()
+        # Reading a file is not worth a trip to a worker.
         return (
             partial(_load_or_plan, folder, options, start)
-            if there
+            if _path(folder, start).exists()
             else partial(result, submit_uninterrupted(pool, _load_or_plan, folder, options, start))
         )
 
@@ -141,17 +159,19 @@ def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[S
 def _path(folder: Path, start: Start) -> Path:
     if isinstance(start, int):
         return folder / f"{start}.npz"
+    # Five floats make no good file name, and their text would lose the last bits.
     return folder / f"state-{hashlib.sha256(struct.pack('<5d', *start)).hexdigest()[:32]}.npz"
 
 
 def _load_or_plan(folder: Path, options: PlannerOptions, start: Start) -> Demonstration:
-    """The demonstration in `start`'s file, or else a new one, which is written there."""
+    """Read the demonstration in the file of `start`; if there is none, plan it and write the file."""
     path = _path(folder, start)
     try:
         return _read(path, start)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        # Half a file, as after a power cut.
         log.warning("%s is damaged (%s): planning %s again", path, error, describe_start(start))
     made = demonstrate(start, options)
     with shared_file(path) as part, part.open("wb") as file:

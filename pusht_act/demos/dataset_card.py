@@ -1,20 +1,21 @@
-"""The data set card of `mode=demos`, and the way to the Hugging Face Hub."""
+"""The card of a generated data set, and its upload to the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard
-from lerobot.datasets.io_utils import load_info
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.utils import create_lerobot_dataset_card
 
 from pusht_act.config.schema import Config
 from pusht_act.demos.dataset_stats import format_stats
+from pusht_act.demos.lerobot_writer import render_card, upload
 from pusht_act.runs.provenance import package_versions
 
 LICENSE = "mit"
-PUSHED = ["data/*", "meta/*", "videos/*", "quality.json", "demonstrations.npz", "film_strip.png", "episode-0.mp4"]
-"""Not config.yaml and runs.jsonl, which name this machine."""
+# Not config.yaml and runs.jsonl, which name this machine.
+UPLOADED_FILES = [
+    *("data/*", "meta/*", "videos/*"),
+    *("quality.json", "demonstrations.npz", "film_strip.png", "episode-0.mp4"),
+]
 CITATION = """@inproceedings{chi2023diffusionpolicy,
   title={Diffusion Policy: Visuomotor Policy Learning via Action Diffusion},
   author={Chi, Cheng and Feng, Siyuan and Du, Yilun and Xu, Zhenjia and Cousineau, Eric and Burchfiel, Benjamin and Song, Shuran},
@@ -24,25 +25,25 @@ CITATION = """@inproceedings{chi2023diffusionpolicy,
 
 
 def make_card(root: Path, config: Config, figures: dict[str, float], command: str) -> DatasetCard:
-    """README.md of the data set at `root`: LeRobot's template with our figures, the command and the versions in it."""
+    """Make README.md of the data set at `root`: LeRobot's template with our figures, the command and the versions."""
     fields = _fields(config, figures, command)
-    if config.demos.push_to_hub:  # else there is no page to link to
+    # The template links to the page of repo_id, which exists only after an upload.
+    if config.demos.push_to_hub:
         fields["repo_id"] = config.demos.repo_id
-    made: DatasetCard = create_lerobot_dataset_card(dataset_info=load_info(root), **fields)
-    return made
+    return render_card(root, fields)
 
 
 def push(root: Path, config: Config, figures: dict[str, float], command: str) -> str:
-    """Upload the data set at `root` with its card; returns its address.
+    """Upload the data set at `root` with its card and return its address.
 
     Raises:
-        OSError: it could not be uploaded; the data set on the disk is complete all the same.
+        OSError: The upload failed; the data set on disk is complete all the same.
     """
     repo_id = str(config.demos.repo_id)
-    fields = _fields(config, figures, command)
     try:
-        LeRobotDataset(repo_id, root=root, video_backend="pyav").push_to_hub(allow_patterns=PUSHED, **fields)
-    except Exception as error:  # the Hub client and httpx raise classes of their own
+        upload(root, repo_id, UPLOADED_FILES, _fields(config, figures, command))
+    except Exception as error:
+        # The Hub client and httpx raise classes of their own.
         raise OSError(
             f"the data set is complete in {root}, but could not be pushed to {repo_id} ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}): push it with LeRobotDataset({repo_id!r}, "
@@ -52,7 +53,7 @@ def push(root: Path, config: Config, figures: dict[str, float], command: str) ->
 
 
 def _fields(config: Config, figures: dict[str, float], command: str) -> dict[str, Any]:
-    """What fills LeRobot's card template."""
+    """Return the fields of LeRobot's card template."""
     from_seeds = config.demos.initial_states is None
     start = "reset seed" if from_seeds else "start (agent x, y, block x, y in px, block angle in rad)"
     versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())
@@ -62,7 +63,7 @@ def _fields(config: Config, figures: dict[str, float], command: str) -> dict[str
         f"`lerobot/{'pusht' if config.env['obs_type'] == 'pixels_agent_pos' else 'pusht_keypoints'}`.\n\n"
         "![an episode](film_strip.png)\n\n" + "\n".join(format_stats(figures)) + "\n\n"
         f"Made by\n\n```\n{command}\n```\n\nwith {versions}.\n\n"
-        f"`demonstrations.npz` has the {start} of each episode and the actions that were carried out, which differ "
+        f"`demonstrations.npz` has the {start} of each episode and the actions that were executed, which differ "
         "from the data set's by the injected noise, if there is any."
     )
     return {

@@ -1,11 +1,12 @@
-"""`mode=demos`: scripted demonstrations as a LeRobotDataset v3.0 with the features of lerobot/pusht.
+"""Generate scripted demonstrations (mode=demos): a LeRobotDataset v3.0 with the features of lerobot/pusht.
 
-    output_dir.work/<key>/     while it is made: one file for each start planned, the command, the data set half written
-    output_dir/                all at once, by renaming: data/ meta/ videos/ (LeRobot's), README.md (its card),
-                               quality.json, film_strip.png, episode-0.mp4, demonstrations.npz (what was carried out),
+    output_dir.work/<key>/     while it is generated: one file for each planned start, the command, the unfinished data
+                               set
+    output_dir/                all at once, by renaming: data/ meta/ videos/ (LeRobot's), README.md (the card),
+                               quality.json, film_strip.png, episode-0.mp4, demonstrations.npz (what was executed),
                                config.yaml and runs.jsonl
 
-Killed at any moment, the same command goes on; an output_dir with a data set in it is never written to.
+The same command resumes a job that was killed at any moment. A data set that is in output_dir is never modified.
 """
 
 import dataclasses
@@ -41,11 +42,14 @@ from pusht_act.runtime.system import cores
 
 log = logging.getLogger(__name__)
 
+# The file of its plan, its share of the data set, and half as much again.
 EPISODE_BYTES = {False: 40_000, True: 90_000}
-"""Room for one episode, by whether it has pictures: its planned file, its share of the data set, half as much again."""
+"""Space on disk for one episode, by whether it has images."""
 OTHER_BYTES = 20_000_000
+"""Space on disk for everything else."""
+# Evaluation resets its environments with seeds from 100,000 and 200,000 up; the human data started at 0 to 205.
 CLEAN_SEEDS = 1_000_000
-"""Evaluation resets its environments with seeds from 100,000 and 200,000 up, people started at 0 to 205."""
+"""Seeds from here on meet neither those of an evaluation nor those of the human data."""
 
 
 @dataclass(frozen=True)
@@ -54,22 +58,27 @@ class Written:
 
     path: Path
     metrics: dict[str, float]
-    """`dataset_stats` of it."""
+    """Its `dataset_stats`."""
     video: Path
 
 
 def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start], overrides: list[str]) -> Written:
     """Plan `config.demos.n_episodes` successful episodes and write them to `config.output_dir`.
 
-    `options` and `starts` are those of `config.demos`, `overrides` the command, for the record.
+    Args:
+        config: Configuration of the job.
+        options: Options of the planner in `config.demos`.
+        starts: Where the episodes start, by `config.demos`.
+        overrides: The command line, for the record.
 
     Raises:
-        ValueError: hardly any start is solved with `options`, or too few of them all.
-        FileExistsError: output_dir is in use, or another process is making a data set there.
-        OSError: no room on the disk, or output_dir cannot be made.
+        UserError: Hardly any start is solved with `options`, or too few of all of them.
+        FileExistsError: output_dir is in use, or another process is writing a data set there.
+        OSError: The disk is full, or output_dir cannot be created.
     """
     image = decode_env(config.env).obs_type == "pixels_agent_pos"
     target = Path(config.output_dir).resolve()
+    # Hours of planning follow: refuse what cannot end well before they start.
     _check_room(target, config.demos.n_episodes, image)
     if config.demos.initial_states is None and config.demos.start_seed < CLEAN_SEEDS:
         log.warning(
@@ -78,16 +87,19 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
         )  # fmt: skip
     workers = config.demos.workers or cores()
     with _work_folder(target, options) as work:
-        ensure_unused(target, config.overwrite)  # another process may have finished it since this one started
+        # Check again under the lock: another process may have finished it since this one started.
+        ensure_unused(target, config.overwrite)
         write_provenance(RunDir(work), {**dataclasses.asdict(config), "mode": config.mode.value}, overrides)
-        tried = collect(work / "planned", options, starts, config.demos.n_episodes, workers)
-        figures = dataset_stats(tried)
-        solved = [made for made in tried if made.success]
-        log.info("writing %d episodes%s", len(solved), " with pictures" if image else "")
+        attempts = collect(work / "planned", options, starts, config.demos.n_episodes, workers)
+        figures = dataset_stats(attempts)
+        solved = [demo for demo in attempts if demo.success]
+        log.info("writing %d episodes%s", len(solved), " with images" if image else "")
+
+        # Write everything in the work folder: output_dir appears at once and complete, by the rename below.
         part = work / "dataset"
         shutil.rmtree(part, ignore_errors=True)
         write_lerobot(part, solved, image, workers)
-        _write_beside(part, tried, figures, options)
+        _write_extras(part, attempts, figures, options)
         make_card(part, config, figures, command_line(overrides)).save(part / "README.md")
         for name in ("config.yaml", "runs.jsonl"):
             shutil.copy(work / name, part)
@@ -114,21 +126,23 @@ def _check_room(target: Path, count: int, image: bool) -> None:
     free = shutil.disk_usage(disk).free
     if needed > free:
         raise OSError(
-            f"output_dir={target}: {free / 1e6:.0f} MB are free there, {count} episodes need about "
+            f"output_dir={target}: {free / 1e6:.0f} MB are free there, and {count} episodes need about "
             f"{needed / 1e6:.0f} MB: free some, lower demos.n_episodes or give output_dir= on another disk"
         )
 
 
 @contextmanager
 def _work_folder(target: Path, options: PlannerOptions) -> Iterator[Path]:
-    """Where the data set of `options` is made, this process's alone; a sibling, so that renaming moves no bytes."""
+    """Yield the folder in which the data set is generated, locked for this process."""
+    # Beside `target`, so that it is on the same disk and renaming moves no bytes; one folder for each set of options,
+    # so that demonstrations of different options are never mixed.
     root = target.with_name(f"{target.name}.work")
     work = root / options_key(options)
     try:
         (work / "planned").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"output_dir={target}: {root} cannot be made ({error.strerror}): give output_dir= where you may write"
+            f"output_dir={target}: {root} cannot be created ({error.strerror}): give an output_dir= that is writable"
         ) from error
     lock = FileLock(root / "lock", timeout=0)
     try:
@@ -142,46 +156,47 @@ def _work_folder(target: Path, options: PlannerOptions) -> Iterator[Path]:
     finally:
         lock.release()
         if not work.exists():
-            with suppress(OSError):  # demonstrations of other options may wait there
+            # Not empty if demonstrations of other options are waiting there.
+            with suppress(OSError):
                 (root / "lock").unlink(missing_ok=True)
                 root.rmdir()
 
 
-def _write_beside(
-    root: Path, tried: Sequence[Demonstration], figures: dict[str, float], options: PlannerOptions
+def _write_extras(
+    root: Path, attempts: Sequence[Demonstration], figures: dict[str, float], options: PlannerOptions
 ) -> None:
-    """What LeRobot does not keep, and what one looks at first."""
-    solved = [made for made in tried if made.success]
+    """Write what LeRobot's format does not hold: executed actions, statistics, a video and a film strip."""
+    solved = [demo for demo in attempts if demo.success]
     first = solved[0].start
     kind = "seed" if isinstance(first, int) else "start"
     kept: dict[str, Any] = {
-        kind: np.array([made.start for made in solved]),
-        "length": np.array([len(made.action) for made in solved], np.int64),
-        "action": np.concatenate([made.action for made in solved]),
-        "executed": np.concatenate([made.executed for made in solved]),
-        "coverage": np.array([made.coverage for made in solved], np.float64),
+        kind: np.array([demo.start for demo in solved]),
+        "length": np.array([len(demo.action) for demo in solved], np.int64),
+        "action": np.concatenate([demo.action for demo in solved]),
+        "executed": np.concatenate([demo.executed for demo in solved]),
+        "coverage": np.array([demo.coverage for demo in solved], np.float64),
     }
     np.savez_compressed(root / "demonstrations.npz", **kept)
     record = {
         "demonstrations": figures,
         "human": HUMAN,
         "options": dataclasses.asdict(options),
-        f"{kind}s_not_solved": [made.start for made in tried if not made.success],
+        f"{kind}s_not_solved": [demo.start for demo in attempts if not demo.success],
         "versions": package_versions(),
     }
     (root / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
-    pictures = _film(solved[0])
-    write_video(root / "episode-0.mp4", pictures, FPS)
-    film_strip(pictures, True, first if isinstance(first, int) else None).save(root / "film_strip.png")
+    frames = _render_episode(solved[0])
+    write_video(root / "episode-0.mp4", frames, FPS)
+    film_strip(frames, True, first if isinstance(first, int) else None).save(root / "film_strip.png")
 
 
-def _film(made: Demonstration) -> list[UInt8[np.ndarray, "H W 3"]]:
-    """Large pictures of an episode, the last one after its last action."""
+def _render_episode(demo: Demonstration) -> list[UInt8[np.ndarray, "H W 3"]]:
+    """Render large frames of an episode: one before each action, and one after the last."""
     env = make_env()
     env.visualization_width = env.visualization_height = 384
-    reset_to(env, made.start)
-    pictures = [render_frame(env)]
-    for action in made.executed:
+    reset_to(env, demo.start)
+    frames = [render_frame(env)]
+    for action in demo.executed:
         env.step(action)
-        pictures.append(render_frame(env))
-    return pictures
+        frames.append(render_frame(env))
+    return frames

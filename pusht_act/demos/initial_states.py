@@ -1,6 +1,7 @@
-"""Where demonstrations start: the environment's resets from a seed up, or the states of a file.
+"""Initial states of demonstrations: the environment's resets from a seed on, or the states in a CSV file.
 
-agent_x,agent_y,block_x,block_y,block_angle (px, rad)  -> states, each one checked before any is planned
+The columns are agent_x, agent_y, block_x, block_y (px) and block_angle (rad). All states are checked before the first
+is planned.
 """
 
 import csv
@@ -19,12 +20,13 @@ HEADER = ",".join(COLUMNS)
 
 
 def initial_states(demos: DemosConfig) -> Sequence[Start]:
-    """What `demos` has planned, in order: reset seeds without an end, or all states of the file `demos.initial_states`.
+    """Return the initial states to plan from, in order: endless reset seeds, or the states of a file.
 
     Raises:
-        UserError: the file cannot be read, a line of it is no start, or it has fewer than `demos.n_episodes`.
+        UserError: The file cannot be read, a line is not a state, or there are fewer than `demos.n_episodes`.
     """
     if demos.initial_states is None:
+        # Without an end, since a start that is not solved is replaced by the next.
         return range(demos.start_seed, np.iinfo(np.int64).max)
     starts = read_initial_states(demos.initial_states)
     if len(starts) < demos.n_episodes:
@@ -36,14 +38,16 @@ def initial_states(demos: DemosConfig) -> Sequence[Start]:
 
 
 def read_initial_states(path: str) -> list[Start]:
-    """The states in a CSV file whose first line is `HEADER`, one a line in px and rad; empty lines are skipped.
+    """Read the states in a CSV file whose first line is `HEADER`; empty lines are skipped.
 
     Raises:
-        UserError: no such file, another header, no start at all, or a line that is no start or repeats one.
+        UserError: No such file, another header, no state at all, or a line that is not a state or repeats one.
     """
     try:
+        # utf-8-sig: spreadsheets put a byte order mark in front.
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
+            # With line numbers as an editor shows them: empty lines count, though they are skipped.
             rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
@@ -61,7 +65,8 @@ def read_initial_states(path: str) -> list[Start]:
             start = _start(row)
         except ValueError as error:
             raise UserError(f"demos.initial_states={path} line {line}: {error}") from error
-        if start in lines:  # it would be the same episode again
+        # The expert is deterministic: the same state would give the same episode again.
+        if start in lines:
             raise UserError(
                 f"demos.initial_states={path} line {line}: {describe_start(start)} is that of line {lines[start]}: "
                 "remove it"
@@ -84,5 +89,5 @@ def _start(row: list[str]) -> Start:
 
 
 def describe_start(start: Start) -> str:
-    """For people: `seed 7`, or `start (100, 400, 256, 300, 0.5)`."""
+    """Describe a start in messages: `seed 7`, or `start (100, 400, 256, 300, 0.5)`."""
     return f"seed {start}" if isinstance(start, int) else f"start ({', '.join(f'{value:g}' for value in start)})"

@@ -1,7 +1,9 @@
-"""Demonstrations -> a LeRobotDataset v3.0 with the features of lerobot/pusht or lerobot/pusht_keypoints.
+"""Write demonstrations as a LeRobotDataset v3.0, render its card, upload it: what `demos` needs LeRobot for.
 
-Demonstration (start, labels, what was done) -> replay in gym-pusht -> frames -> LeRobotDataset.add_frame, .save_episode
-                                                                  -> statistics of the pictures
+Demonstration (start, labels, executed actions) -> replay in gym-pusht -> frames -> add_frame, save_episode
+                                                                      -> statistics of the images
+
+This is the only module of the room that imports LeRobot, which takes seconds: it does so inside functions.
 """
 
 import json
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import DatasetCard
 from jaxtyping import Int64, UInt8
 from tqdm import tqdm
 
@@ -31,22 +34,30 @@ NEXT = {
 
 
 def features(image: bool) -> dict[str, dict[str, Any]]:
-    """Those of lerobot/pusht if `image`, else of lerobot/pusht_keypoints; LeRobot adds its index columns."""
-    seen = (
+    """Return the features of lerobot/pusht if `image`, else of lerobot/pusht_keypoints; LeRobot adds index columns."""
+    observation = (
         {"observation.image": FEATURES["observation.image"] | {"dtype": "video"}}
         if image
         else {"observation.environment_state": FEATURES["observation.environment_state"]}
     )
-    return seen | {key: FEATURES[key] for key in ("observation.state", "action")} | NEXT
+    return observation | {key: FEATURES[key] for key in ("observation.state", "action")} | NEXT
 
 
 def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, workers: int) -> None:
-    """Replay `solved` in gym-pusht and write what it shows, by LeRobot's writer, into the new folder `root`."""
+    """Replay demonstrations in gym-pusht and write the data set by LeRobot's writer.
+
+    Args:
+        root: Folder of the data set, which must not exist.
+        solved: The demonstrations; each replay has to succeed.
+        image: Whether to observe images, written as videos, or keypoints.
+        workers: Number of processes that render; at most two are used.
+    """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     counts = np.zeros((3, 256), np.int64)
     with _quiet():
         dataset = LeRobotDataset.create(
+            # Neither looked up nor written into the data set.
             "local/demos",
             FPS,
             features(image),
@@ -55,34 +66,36 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
             video_backend="pyav",
             image_writer_threads=2 if image else 0,
         )
-        tried = [(made.start, made.executed) for made in solved]
-        with closing(replay_all(tried, image, min(workers, 2))) as episodes:
+        # The executed actions, noise included, give the observations; the clean ones are stored as labels.
+        trajectories = [(demo.start, demo.executed) for demo in solved]
+        with closing(replay_all(trajectories, image, min(workers, 2))) as episodes:
             pairs = zip(solved, episodes, strict=True)
-            for made, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
-                assert episode.success[-1], f"the demonstration of {describe_start(made.start)} does not replay"
+            for demo, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
+                assert episode.success[-1], f"the demonstration of {describe_start(demo.start)} does not replay"
                 if episode.image is not None:
-                    counts += _counts(episode.image)
-                for frame in _rows(made, episode):
+                    counts += _histogram(episode.image)
+                for frame in _frames(demo, episode):
                     dataset.add_frame(frame)
                 dataset.save_episode()
         dataset.finalize()
     if image:
-        _correct_statistics(root, counts, sum(len(made.action) for made in solved))
-    shutil.rmtree(root / "images", ignore_errors=True)  # where its videos' frames lay
-    _let_others_read(root)
+        _correct_statistics(root, counts, sum(len(demo.action) for demo in solved))
+    # LeRobot leaves the folder in which it kept the frames of its videos.
+    shutil.rmtree(root / "images", ignore_errors=True)
+    _make_readable(root)
 
 
-def _rows(made: Demonstration, episode: ReplayedEpisode) -> Iterator[dict[str, Any]]:
-    """An episode frame by frame; the action is the label, which is what was done unless there is noise."""
-    for t in range(len(made.action)):
-        seen = (
+def _frames(demo: Demonstration, episode: ReplayedEpisode) -> Iterator[dict[str, Any]]:
+    """Yield the frames of an episode as LeRobotDataset.add_frame takes them."""
+    for t in range(len(demo.action)):
+        observation = (
             {"observation.environment_state": episode.environment_state[t]}
             if episode.image is None
             else {"observation.image": episode.image[t]}
         )
-        yield seen | {
+        yield observation | {
             "observation.state": episode.observation_state[t],
-            "action": made.action[t],
+            "action": demo.action[t],
             "next.reward": episode.reward[t : t + 1],
             "next.done": episode.done[t : t + 1],
             "next.success": episode.success[t : t + 1],
@@ -90,21 +103,26 @@ def _rows(made: Demonstration, episode: ReplayedEpisode) -> Iterator[dict[str, A
         }
 
 
-def _counts(image: UInt8[np.ndarray, "T H W 3"]) -> Int64[np.ndarray, "3 256"]:
-    """How often each value occurs in each channel."""
+def _histogram(image: UInt8[np.ndarray, "T H W 3"]) -> Int64[np.ndarray, "3 256"]:
+    """Count how often each value occurs in each channel."""
     return np.stack([np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
 def _correct_statistics(root: Path, counts: Int64[np.ndarray, "3 256"], frames: int) -> None:
-    """Put the exact statistics of all pictures into stats.json.
+    """Replace the statistics of the images in stats.json by exact ones.
 
-    LeRobot 0.6.1 sums half a million float32 in one go (compute_stats.RunningQuantileStats), which puts the standard
-    deviation of lerobot/pusht's channels 6 to 18 % too low; it also counts at most 100 frames of an episode.
+    Args:
+        root: Folder of the data set.
+        counts: Histogram of each channel over all frames.
+        frames: Number of frames.
     """
+    # LeRobot 0.6.1 sums half a million float32 numbers at once (compute_stats.RunningQuantileStats): the standard
+    # deviations of lerobot/pusht's channels come out 6 to 18 % too low. It also samples at most 100 frames an episode.
     path = root / "meta" / "stats.json"
     stats = json.loads(path.read_text())
     value, share = np.arange(256) / 255.0, counts / counts.sum(axis=1, keepdims=True)
     mean = share @ value
+    # Images have 256 values, so quantiles of the histogram are exact.
     below = np.cumsum(share, axis=1)
     exact = {
         "min": value[(counts > 0).argmax(axis=1)],
@@ -123,10 +141,11 @@ def _correct_statistics(root: Path, counts: Int64[np.ndarray, "3 256"], frames: 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bar and the encoder's 20 lines that each episode would print."""
+    """Silence the progress bar and the 20 lines of the encoder that every episode would print."""
     import av.logging
     import datasets
 
+    # SVT-AV1 encodes LeRobot's videos and reads its log level from the environment.
     os.environ.setdefault("SVT_LOG", "1")
     av.logging.set_libav_level(av.logging.ERROR)
     lerobot, bars = logging.getLogger("lerobot"), not datasets.are_progress_bars_disabled()
@@ -141,8 +160,29 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _let_others_read(root: Path) -> None:
-    """LeRobot's videos come from a temporary file that is nobody else's; give all files the mode of ordinary ones."""
+def _make_readable(root: Path) -> None:
+    """Give the videos the mode of ordinary files."""
+    # LeRobot moves them from temporary files, which only their owner may read.
     mode = (root / "meta" / "info.json").stat().st_mode
     for path in root.rglob("*.mp4"):
         path.chmod(mode)
+
+
+def render_card(root: Path, fields: dict[str, Any]) -> DatasetCard:
+    """Fill LeRobot's card template with `fields` and the features of the data set at `root`."""
+    from lerobot.datasets.io_utils import load_info
+    from lerobot.datasets.utils import create_lerobot_dataset_card
+
+    card: DatasetCard = create_lerobot_dataset_card(dataset_info=load_info(root), **fields)
+    return card
+
+
+def upload(root: Path, repo_id: str, files: list[str], fields: dict[str, Any]) -> None:
+    """Upload `files` (patterns) of the data set at `root` to the Hugging Face Hub, with a card from `fields`.
+
+    Raises:
+        Exception: Whatever LeRobot, the Hub client or httpx raise.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    LeRobotDataset(repo_id, root=root, video_backend="pyav").push_to_hub(allow_patterns=files, **fields)

@@ -1,9 +1,9 @@
-"""The mirror image of a demonstration, which solves PushT as the demonstration does and costs no planning.
+"""Reflect demonstrations: the mirror image of one usually solves PushT, too, and needs no planning.
 
-The T is its own mirror image about its stem, and the goal's stem lies along x + y = ARENA, a diagonal of the square
-table: the reflection across that, (x, y) -> (ARENA - y, ARENA - x), takes the task to itself. Of the 2,000 embedded
-demonstrations 1,936 have an image that solves it; for the others the last bits of a contact, or the walls, which are a
-pixel off the middle, tip an episode the other way. So each is judged in gym-pusht again.
+The T is symmetric about its stem, and the goal's stem lies on x + y = ARENA, a diagonal of the square arena. The
+reflection across that diagonal, (x, y) -> (ARENA - y, ARENA - x), maps the task to itself. Of the 2,000 built-in
+demonstrations 1,936 have a mirror image that solves it. The others fail since the walls are not quite symmetric, by a
+pixel, and contacts amplify the last bits of a number. So each mirror image is replayed in gym-pusht.
 """
 
 import math
@@ -18,28 +18,28 @@ from pusht_act.envs.pusht import make_env, reset_to
 from pusht_act.envs.simulator import ARENA
 
 
-def mirrored(points: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N 2"]:
-    """Points x, y (px) across the diagonal."""
+def reflect(points: Float[np.ndarray, "*N 2"]) -> Float[np.ndarray, "*N 2"]:
+    """Reflect points x, y (px) across the diagonal."""
     return (ARENA - points[..., ::-1]).astype(points.dtype)
 
 
-def mirrored_angle(angle: float) -> float:
-    """A block's angle (rad): its stem, which points along (-sin, cos), across the diagonal."""
+def reflect_angle(angle: float) -> float:
+    """Reflect the angle (rad) of a block, whose stem points along (-sin, cos), across the diagonal."""
     return math.pi / 2 - angle
 
 
 def with_mirror_images(demonstrations: Iterable[Demonstration]) -> Iterator[Demonstration]:
-    """Each of them, and after it its mirror image if gym-pusht counts that as a success.
-
-    Where noise was added, the image has what was carried out reflected, and the clean labels.
-    """
+    """Yield each demonstration, followed by its mirror image if gym-pusht counts that as a success."""
     env = make_env()
-    for made in demonstrations:
-        yield made
-        reset_to(env, made.start)
-        agent, block = mirrored(np.array([env.agent.position, env.block.position]))
-        start = (float(agent[0]), float(agent[1]), float(block[0]), float(block[1]), mirrored_angle(env.block.angle))
-        executed = mirrored(made.executed)
+    for demo in demonstrations:
+        yield demo
+        reset_to(env, demo.start)
+        # Where the seed's reset put them; the image's start is a state.
+        agent, block = reflect(np.array([env.agent.position, env.block.position]))
+        start = (float(agent[0]), float(agent[1]), float(block[0]), float(block[1]), reflect_angle(env.block.angle))
+
+        # With noise, the executed actions decide whether the image succeeds, and the clean ones remain its labels.
+        executed = reflect(demo.executed)
         episode = replay(start, executed)
         if episode.success[-1]:
-            yield Demonstration(start, mirrored(made.action), executed, float(episode.coverage[-1]), True)
+            yield Demonstration(start, reflect(demo.action), executed, float(episode.coverage[-1]), True)

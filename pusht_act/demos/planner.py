@@ -1,8 +1,8 @@
-"""A receding-horizon planner that solves PushT with the simulator's state in its hands.
+"""A receding-horizon planner that solves PushT from the simulator's full state.
 
-Every few steps it rolls out a push at each reachable point of the T, refines the best ones and its previous plan by
-smooth random changes, keeps what costs least, and executes the first steps. When the block stops getting closer it
-searches harder.
+Every few steps it simulates a push at each reachable point of the T, refines the best pushes and its previous plan by
+smooth random changes, keeps the plan of least cost, and executes its first steps. When the block stops getting closer
+it searches harder.
 """
 
 import functools
@@ -26,33 +26,38 @@ from pusht_act.envs.simulator import (
     compiled,
     new_contacts,
     sides,
-    step,
+    sim_step,
 )
 from pusht_act.runtime.errors import UserError
 
-RADIAN = 50.0  # px that a turn of the block by one radian counts as, nearly half the T's length
-STALL_PX, STALL_STEPS = 1.0, 30  # least progress, and for how long; 15 steps already fire on a walk round the T
-KEEP = 0.97  # a new plan replaces the one under way only if it costs less than this share of it
+# Nearly half the length of the T.
+RADIAN = 50.0
+"""Distance that a rotation of the block by one radian counts as, px."""
+# With 15 steps a walk around the T would already count as a stall.
+STALL_PX, STALL_STEPS = 1.0, 30
+"""A block that comes less than so many px closer in so many steps has stalled."""
+KEEP = 0.97
+"""A new plan replaces the present one only if it costs less than this share of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannerOptions:
-    """What the demonstrations should be like."""
+    """Options of the demonstrations."""
 
     coverage: float = 0.97
-    """Share of the goal to cover before an episode ends, in [0.95, 1). The environment asks for 0.95; demonstrations
-    that stop right there teach too little."""
+    """Share of the goal to cover before an episode ends, in [0.95, 1). The environment demands 0.95, but demonstrations
+    that stop right there teach a policy too little."""
     speed: float = 9.0
-    """Px a step at which the target walks round the T; pushes take 7/9 of it, and 11/9 is the soft limit."""
+    """Speed of the target around the T, px a step; pushes take 7/9 of it, and 11/9 is the soft limit."""
     smoothness: float = 1.0
-    """Weight on changes of speed and direction; 0 ignores them."""
+    """Weight of changes of speed and direction; 0 ignores them."""
     noise: float = 0.0
-    """Standard deviation in px of Gaussian noise on each coordinate of an executed action; labels stay clean."""
+    """Standard deviation of Gaussian noise on each coordinate of an executed action, px; labels stay clean."""
     replan: int = 5
-    """Steps between two searches for a plan. With noise, the steps between them adapt the plan to where it led; 1 or 2
-    searches anew there, at 2 to 3 times the time."""
+    """Steps between two searches for a plan. With noise, the steps in between adapt the plan to where the noise led; 1
+    or 2 searches again there, in 2 to 3 times the time."""
     seed: int = 0
-    """Seed of the planner's and the noise's random numbers; together with a start it fixes the demonstration."""
+    """Seed of the planner and of the noise; together with a start it determines the demonstration."""
 
     def __post_init__(self) -> None:
         if not SUCCESS_COVERAGE <= self.coverage < 1.0:
@@ -71,25 +76,25 @@ class PlannerOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class _Budget:
-    """How hard one call of the planner searches."""
+    """How hard one search for a plan tries."""
 
     horizon: int
-    """Steps looked ahead."""
+    """Number of steps in a plan."""
     push_steps: tuple[int, ...]
     angles: tuple[float, ...]
-    """Of a push from the inward normal, rad."""
+    """Angles of a push to the inward normal, rad."""
     push_speed: float
-    """Px a step, for PlannerOptions.speed 9."""
+    """Px a step, at PlannerOptions.speed 9."""
     stride: int
-    """Every how many contact points are tried; a stride of 2 takes the even and the odd ones by turns."""
+    """Try every so many contact points; a stride of 2 alternates between the even and the odd ones."""
     candidates: int
-    """Proposals that are refined."""
+    """Number of proposals to refine."""
     refine: tuple[int, int]
     """Iterations and samples for each candidate."""
     finish: tuple[int, int]
     """Iterations and samples for the winner."""
     sigma: float
-    """Px, of the first iteration's changes."""
+    """Standard deviation of the first iteration's changes, px."""
     smoothness: float
     """Factor on PlannerOptions.smoothness."""
 
@@ -125,9 +130,10 @@ _ELITE = 4
 
 @compiled
 def _distances(state: Any) -> tuple[float, float]:
-    """How far the block is from the goal, and the agent's rim from the block, px."""
+    """Return the distances of the block from the goal and of the agent's rim from the block, px."""
     c, s = math.cos(state[ANGLE]), math.sin(state[ANGLE])
     dx, dy = state[CENTRE_X] - GOAL_CENTRE_X, state[CENTRE_Y] - GOAL_CENTRE_Y
+    # One minus the cosine of the remaining angle: half its square where that is small.
     turn = 1.0 - c * math.cos(GOAL_ANGLE) - s * math.sin(GOAL_ANGLE)
     distance = math.sqrt(max(0.0, dx * dx + dy * dy + 2.0 * RADIAN**2 * turn))
     x, y = agent_in_block_frame(state)
@@ -141,11 +147,12 @@ def _distances(state: Any) -> tuple[float, float]:
 
 @compiled
 def _cost(state: Any, plan: Any, recent: Any, weights: Any, bound: float) -> float:
-    """Cost of carrying out `plan`; infinite as soon as it passes `bound`.
+    """Return the cost of executing `plan`; infinite as soon as it exceeds `bound`.
 
     Args:
-        recent: the two actions before the plan, oldest first, "2 2".
-        weights: of squared second differences, squared differences, the soft limit in px a step, the coverage to reach.
+        recent: The two actions before the plan, oldest first, [2, 2].
+        weights: Of squared second differences and of squared differences; then the soft limit (px a step), and the
+            coverage to reach.
     """
     second, first, limit, enough = weights
     contacts, now = new_contacts(), state.copy()
@@ -155,7 +162,7 @@ def _cost(state: Any, plan: Any, recent: Any, weights: Any, bound: float) -> flo
     goal: float = 0.0
     for t in range(len(plan)):
         x, y = plan[t, 0], plan[t, 1]
-        step(now, contacts, x, y)
+        sim_step(now, contacts, x, y)
         vx, vy = x - x1, y - y1
         square, bend = vx * vx + vy * vy, (vx - ux) ** 2 + (vy - uy) ** 2
         fast = max(0.0, math.sqrt(square) - limit)
@@ -163,7 +170,7 @@ def _cost(state: Any, plan: Any, recent: Any, weights: Any, bound: float) -> flo
         distance, gap = _distances(now)
         if distance < 12.0 and coverage(now) > enough:
             return cost
-        # The exponential keeps the last few px worth the walk that they take; 4 is the price of a step.
+        # The exponential makes the last few px worth the walk around the T that they take; each step costs 4.
         goal = distance + 20.0 * (1.0 - math.exp(-distance / 8.0))
         cost += goal + 4.0 + 0.02 * gap
         if cost > bound:
@@ -174,11 +181,12 @@ def _cost(state: Any, plan: Any, recent: Any, weights: Any, bound: float) -> flo
 
 @compiled
 def _costs(state: Any, plans: Any, recent: Any, weights: Any, keep: int) -> Float64[np.ndarray, " N"]:
-    """Costs of many plans; those that cannot be among the `keep` cheapest may come out infinite."""
+    """Return the costs of many plans; those that cannot be among the `keep` cheapest may be infinite."""
     costs = np.full(len(plans), np.inf)
     best = np.full(keep, np.inf)
     for i in range(len(plans)):
         costs[i] = _cost(state, plans[i], recent, weights, best[keep - 1])
+        # Insert the cost into the sorted list of the cheapest, whose last entry bounds the next plans.
         at = keep - 1
         if costs[i] < best[at]:
             while at > 0 and best[at - 1] > costs[i]:
@@ -190,7 +198,7 @@ def _costs(state: Any, plans: Any, recent: Any, weights: Any, keep: int) -> Floa
 
 @functools.cache
 def _spline(horizon: int, spacing: int) -> Float64[np.ndarray, "horizon K"]:
-    """Catmull-Rom weights of knots `spacing` steps apart; before the first step the curve is pinned to zero."""
+    """Return the weights of Catmull-Rom knots that are `spacing` steps apart; the curve starts from zero."""
     count = -(-horizon // spacing) + 2
     weights = np.zeros((horizon, count + 2))
     for t in range(horizon):
@@ -198,7 +206,8 @@ def _spline(horizon: int, spacing: int) -> Float64[np.ndarray, "horizon K"]:
         k = int(knot)
         curve = (-u + 2 * u**2 - u**3, 2 - 5 * u**2 + 3 * u**3, u + 4 * u**2 - 3 * u**3, -(u**2) + u**3)
         for offset, weight in enumerate(curve):
-            if k + offset > 1:  # knots 0 and 1 lie before the plan and at the action before it
+            # Knots 0 and 1, before the plan and at the action before it, are zero.
+            if k + offset > 1:
                 weights[t, k + offset] += 0.5 * weight
     return weights[:, 2:]
 
@@ -210,13 +219,12 @@ def _smoothed(plan: Float64[np.ndarray, "T 2"], last: Float64[np.ndarray, " 2"])
 
 
 class Planner:
-    """Plans for one episode: feed it the state before each step and execute what it answers.
+    """Plan the actions of one episode, one at a time.
 
     Args:
-        options: what the demonstrations should be like.
-        key: numbers that name the start, if another one is to get other random draws; with `options.seed` they fix
-            every draw.
-        previous: the action before the first one; where the agent is, if it is at rest.
+        options: Options of the demonstration.
+        key: Integers that identify the start; with `options.seed` they determine all random draws.
+        previous: The action before the first one; the position of the agent, if it is at rest.
     """
 
     def __init__(self, options: PlannerOptions, key: Sequence[int], previous: Float64[np.ndarray, " 2"]) -> None:
@@ -230,18 +238,19 @@ class Planner:
         self._steps_since_best = 0
 
     def next_action(self, state: Float64[np.ndarray, " 17"]) -> Float64[np.ndarray, " 2"]:
-        """The action to take in `state`, px: the next one of the plan, or of a new plan when that is due."""
+        """Return the action to execute in `state` (px): the next of the plan, or the first of a new one."""
         distance = _distances(state)[0]
         if distance < self._best_distance - STALL_PX:
             self._best_distance, self._steps_since_best = distance, 0
         rest = self._plan[self._executed :]
         if not len(rest) or self._executed >= self.options.replan:
             self._plan, self._executed = self._search(state, rest, self._steps_since_best >= STALL_STEPS), 0
-        elif self.options.noise > 0.0:  # without noise the simulator foresaw this state, and the plan stands
+        elif self.options.noise > 0.0:
+            # Noise led to a state that the plan did not foresee: adapt it. Without noise the simulator foresaw it.
             weights = self._weights(_USUAL)
             cost = _cost(state, rest, self._recent, weights, math.inf)
             rest[:] = self._refine(state, rest, cost, weights, _CORRECTION, _CORRECTION_SIGMA)[0]
-        # float32 is what data sets keep, and a replay is exact only if that is what was executed.
+        # Data sets store float32, and a replay is exact only if that is what was executed.
         action: np.ndarray = self._plan[self._executed].astype(np.float32).astype(np.float64)
         self._recent = np.stack((self._recent[1], action))
         self._executed += 1
@@ -249,14 +258,14 @@ class Planner:
         return action
 
     def _weights(self, budget: _Budget) -> tuple[float, float, float, float]:
-        """What `_cost` takes as `weights`."""
+        """Return the `weights` of `_cost`."""
         smoothness, limit = self.options.smoothness * budget.smoothness, 11.0 * self.options.speed / 9.0
         return 0.3 * smoothness, 0.04 * smoothness, limit, self.options.coverage
 
     def _search(
         self, state: Float64[np.ndarray, " 17"], old: Float64[np.ndarray, "T 2"], stalled: bool
     ) -> Float64[np.ndarray, "H 2"]:
-        """A new plan: the best refined proposal, or the refined rest of the old plan where that is about as good."""
+        """Return a new plan: the best refined proposal, or the rest of the old plan if it is about as good, refined."""
         budget = _STALLED if stalled else _USUAL
         weights = self._weights(budget)
         speed = budget.push_speed * self.options.speed / 9.0
@@ -266,14 +275,17 @@ class Planner:
         plans = propose(state, self._recent[1], budget.horizon, self.options.speed, pushes, first, budget.stride)
         costs = _costs(state, plans, self._recent, weights, budget.candidates)
         best, cost = np.tile(self._recent[1], (budget.horizon, 1)), math.inf
+        # Refine the proposals that are cheapest as they are.
         for i in np.argsort(costs)[: budget.candidates]:
             if math.isfinite(costs[i]):
                 found = self._refine(state, plans[i], costs[i], weights, budget.refine, budget.sigma)
                 best, cost = found if found[1] < cost else (best, cost)
+        # In a stall the old plan is what led there: do not try it again.
         if len(old) and not stalled:
             old = np.concatenate((old, np.repeat(old[-1:], budget.horizon, axis=0)))[: budget.horizon]
             old_cost = _cost(state, old, self._recent, weights, math.inf)
             old, old_cost = self._refine(state, old, old_cost, weights, budget.refine, budget.sigma)
+            # Stay with the old plan unless the new one is clearly cheaper, so that the agent does not dither.
             best, cost = (old, old_cost) if cost > KEEP * old_cost else (best, cost)
         return self._refine(state, best, cost, weights, budget.finish, budget.sigma)[0]
 
@@ -286,10 +298,11 @@ class Planner:
         effort: tuple[int, int],
         sigma: float,
     ) -> tuple[Float64[np.ndarray, "T 2"], float]:
-        """Try smooth random changes of `plan`, ever smaller ones, and keep whatever costs less."""
+        """Try smooth random changes of `plan`, ever smaller, and return the cheapest plan and its cost."""
         iterations, samples = effort
         for i in range(iterations):
             basis = _spline(len(plan), 6 if i < (iterations + 1) // 2 else 3)
+            # Coarse changes first: few knots and large steps; then more knots, and steps that shrink to _LAST_SIGMA.
             size = sigma * (_LAST_SIGMA / sigma) ** (i / max(1, iterations - 1))
             knots = self._random.standard_normal((samples, basis.shape[1], 2))
             tries = np.clip(plan + size * (basis @ knots), 0.0, ARENA)
@@ -297,6 +310,7 @@ class Planner:
             order = np.argsort(costs)[:_ELITE]
             if costs[order[0]] < cost:
                 plan, cost = tries[order[0]], float(costs[order[0]])
+            # The mean of the best changes, and the plan smoothed, are often cheaper than each of them.
             for attempt in (tries[order].mean(axis=0), _smoothed(plan, self._recent[1])):
                 value = _cost(state, attempt, self._recent, weights, cost)
                 if value < cost:

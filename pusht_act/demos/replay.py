@@ -1,42 +1,32 @@
-"""Replaying actions in gym-pusht, fast, to get back every observation of a demonstration."""
+"""Replay the actions of a demonstration in gym-pusht, fast, to recover its observations."""
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-import cv2
 import gym_pusht  # noqa: F401  (registers the environment)
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Shaped, UInt8
 
 from pusht_act.envs.coverage import SUCCESS_COVERAGE, coverage_of_poses
+from pusht_act.envs.gym_pusht_internals import block_corners
 from pusht_act.envs.physics import advance
-from pusht_act.envs.pusht import (
-    Start,
-    block_corners,
-    check_start,
-    disable_contact_counting,
-    keypoints,
-    make_env,
-    reset_to,
-)
+from pusht_act.envs.pusht import Start, check_start, disable_contact_counting, keypoints, make_env, reset_to
 from pusht_act.envs.rendering import render_observation
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.process_pool import imap
 
-cv2.setNumThreads(1)  # of pictures as small as ours two threads take twice the processor's time, and are no faster
-
 
 @dataclass(frozen=True)
 class ReplayedEpisode:
-    """What LeRobot's PushT data sets keep: the observation before each action, and what the next frame made of it."""
+    """What LeRobot's PushT data sets hold: the observation before each action, and what the action led to."""
 
     observation_state: Float32[np.ndarray, "T 2"]
     """The agent's position, px."""
     environment_state: Float32[np.ndarray, "T 16"]
     """The block's eight keypoints in gym-pusht's order: x0, y0, x1, ... px."""
     image: UInt8[np.ndarray, "T 96 96 3"] | None
-    """The picture that `obs_type="pixels_agent_pos"` gives; None unless asked for."""
+    """The image that `obs_type="pixels_agent_pos"` gives; None unless it was asked for."""
     action: Float32[np.ndarray, "T 2"]
     """Target of the agent, px."""
     coverage: Float64[np.ndarray, " T"]
@@ -50,35 +40,41 @@ class ReplayedEpisode:
 
 
 def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False) -> ReplayedEpisode:
-    """Carry out `action` from `start` in gym-pusht's own world and return what its observations would have been.
+    """Execute `action` from `start` in gym-pusht's own physics and return the observations it would have given.
 
-    States equal those of `env.step` bit by bit. Only what does not touch the states is left out: the counting of
-    contact points, and shapely's coverage in favour of a clipping one that agrees to 1e-12.
+    States are bit-identical to those of `env.step`. What does not affect them is left out or replaced: contact points
+    are not counted, and the coverage is computed by clipping, which agrees with shapely's to 1e-12.
 
     Args:
-        action: px; converted to float32, as data sets keep it.
-        image: whether to render, which takes ten times as long.
+        start: A seed of gym-pusht's reset, or a state.
+        action: Targets of the agent, px; converted to float32, as data sets store them.
+        image: Whether to render, which takes ten times as long.
 
     Raises:
-        UserError: an impossible start, no action at all, or an action that is not finite.
+        UserError: An impossible start, no action at all, or an action that is not finite.
     """
     start = check_start(start)
+    # Data sets store float32, and the replay is exact only with the same bits.
     action = np.asarray(action, np.float32)
     if action.ndim != 2 or action.shape[1] != 2 or not len(action) or not np.isfinite(action).all():
         raise UserError(f"action has shape {action.shape}: give one or more rows of two finite numbers (px)")
     env = make_env()
     reset_to(env, start)
     disable_contact_counting(env)
+
+    # Images need a stop before each action; without them the whole episode is one call.
     images = []
     poses = [np.array([[*env.agent.position, *env.block.position, env.block.angle]])]
-    for each in action[:, None] if image else action[None]:
+    for chunk in action[:, None] if image else action[None]:
         if image:
             images.append(render_observation(env))
-        poses.append(advance(env, each))
+        poses.append(advance(env, chunk))
+    # One row more than actions: the first is the start itself.
     states = np.concatenate(poses)
     covered = coverage_of_poses(states[1:, 2:])
     done = np.zeros(len(action), np.bool_)
     done[-1] = True
+    # Row t holds the observation before action t, and the coverage, reward and success after it.
     return ReplayedEpisode(
         observation_state=states[:-1, :2].astype(np.float32),
         environment_state=keypoints(block_corners(env), states[:-1, 2:]).astype(np.float32),
@@ -94,11 +90,17 @@ def replay(start: Start, action: Shaped[np.ndarray, "T 2"], image: bool = False)
 def replay_all(
     trajectories: Iterable[tuple[Start, Shaped[np.ndarray, "T 2"]]], image: bool, workers: int
 ) -> Generator[ReplayedEpisode]:
-    """`replay` of each in order; pictures, which take milliseconds each, are drawn by `workers` processes.
+    """Yield the replay of each trajectory, in order.
+
+    Args:
+        trajectories: Start and actions (px) of each.
+        image: Whether to render; this is done in `workers` processes, since an image takes milliseconds.
+        workers: Number of processes.
 
     Raises:
-        OSError: one of those was killed.
+        OSError: A worker process was killed.
     """
+    # Without images a replay is too short to be worth a trip to a worker.
     work = partial(_replay_pair, image)
     return imap(work, trajectories, workers if image else 1, "give the same command again")
 

@@ -1,4 +1,4 @@
-"""What the environments are asked for, and what they answer: a record for each episode."""
+"""What is asked of an environment, and what it answers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,27 +8,28 @@ import gym_pusht  # noqa: F401  (registers the environment)
 import numpy as np
 from jaxtyping import Float64
 
+# Everything in this module is pickled and sent between processes.
 Observation = dict[str, np.ndarray]
-"""As gym-pusht names it: agent_pos, and pixels or environment_state."""
-State = Float64[np.ndarray, " 7"]
+"""With gym-pusht's keys: agent_pos, and pixels or environment_state."""
+EnvState = Float64[np.ndarray, " 7"]
 """Agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
 
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """What the environments are, and when an episode is over."""
+    """How to make an environment, and when its episodes end."""
 
     gym_id: str
     kwargs: dict[str, Any]
-    """Of `gymnasium.make`."""
+    """Arguments of `gymnasium.make`."""
     obs_type: str
-    """What the policy sees: pixels_agent_pos or environment_state_agent_pos."""
+    """What the policy observes: pixels_agent_pos or environment_state_agent_pos."""
     max_steps: int
 
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """What is drawn of an episode: before each step, and after the last."""
+    """Where to write an episode's video; its frames are those before each step and the one after the last."""
 
     video: Path
     fps: int
@@ -37,8 +38,9 @@ class VideoRequest:
 
 @dataclass
 class EpisodeResult:
-    """What came of one episode; `reward` is clip(coverage / 0.95, 0, 1) of every step."""
+    """The record of one episode; the reward of a step is clip(coverage / 0.95, 0, 1)."""
 
+    # Names and order of the fields are the columns of episodes.csv.
     episode_ix: int
     seed: int
     success: bool = False
@@ -51,10 +53,11 @@ class EpisodeResult:
 
 @dataclass(frozen=True)
 class StepResult:
-    """How an environment stands when the policy looks again."""
+    """An environment's answer to a reset or to a chunk of actions."""
 
     episode: EpisodeResult
-    """So far."""
+    """The record of the episode so far."""
+    # An episode that has ended answers later chunks with its last result.
     running: bool
-    state: State
+    state: EnvState
     observation: Observation

@@ -1,4 +1,4 @@
-"""One gym-pusht environment that carries out a chunk of actions at a time."""
+"""One gym-pusht environment that executes a chunk of actions at a time."""
 
 import gym_pusht  # noqa: F401  (registers the environment)
 import gymnasium
@@ -6,63 +6,73 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from pusht_act.envs.coverage import SUCCESS_COVERAGE, coverage_of_poses
-from pusht_act.envs.episode import EnvSpec, EpisodeResult, Observation, State, StepResult, VideoRequest
+from pusht_act.envs.episode import EnvSpec, EnvState, EpisodeResult, Observation, StepResult, VideoRequest
 from pusht_act.envs.film_strip import film_strip
+from pusht_act.envs.gym_pusht_internals import block_corners, set_last_action
 from pusht_act.envs.physics import advance
-from pusht_act.envs.pusht import block_corners, disable_contact_counting, keypoints
+from pusht_act.envs.pusht import disable_contact_counting, keypoints
 from pusht_act.envs.rendering import render_frame, render_observation
-from pusht_act.envs.video import Video
+from pusht_act.envs.video import VideoWriter
 
 
 class ChunkedEnv:
-    """One gym-pusht environment, its states and pictures the same bit by bit, its coverage to 1e-12.
+    """A gym-pusht environment with bit-identical states and images, and its coverage to 1e-12.
 
-    gym-pusht's own step draws an observation every time, which the policy looks at once a chunk, and measures the
-    coverage by shapely.
+    gym-pusht's own `step` renders an observation after every action, although a policy that executes chunks looks only
+    at the one after each chunk, and measures the coverage by shapely, which is slow.
     """
 
-    def __init__(self, task: EnvSpec) -> None:
-        self._task = task
-        kwargs = {**task.kwargs, "obs_type": "state"}  # so that a reset draws nothing
-        self._env = gymnasium.make(task.gym_id, disable_env_checker=True, **kwargs).unwrapped
+    def __init__(self, spec: EnvSpec) -> None:
+        self._spec = spec
+        # obs_type="state", so that a reset renders nothing.
+        kwargs = {**spec.kwargs, "obs_type": "state"}
+        self._env = gymnasium.make(spec.gym_id, disable_env_checker=True, **kwargs).unwrapped
 
-    def reset(self, seed: int, recording: VideoRequest | None) -> StepResult:
-        """Start an episode from reset `seed`."""
+    def reset(self, seed: int, request: VideoRequest | None) -> StepResult:
+        """Start an episode from the reset of `seed`; with a `request`, record a video of it."""
         self._env.reset(seed=seed)
-        self._env._last_action = None  # drawn by render, forgotten by no reset
+        # gym-pusht's reset keeps the last action of the episode before, and `render` would draw it.
+        set_last_action(self._env, None)
         disable_contact_counting(self._env)
-        self._recording = recording
-        self._video = None if recording is None else Video(recording.video, recording.fps)
+        self._request = request
+        self._video = None if request is None else VideoWriter(request.video, request.fps)
         self._frames: list[UInt8[np.ndarray, "H W 3"]] = []
         self._corners = block_corners(self._env)
         state = self._state()
-        self._turn = StepResult(EpisodeResult(0, seed), True, state, self._observation(state))
-        return self._turn
+        self._result = StepResult(EpisodeResult(0, seed), True, state, self._observe(state))
+        return self._result
 
     def step_chunk(self, actions: Float32[np.ndarray, "N 2"]) -> StepResult:
-        """Carry out up to N `actions` (px), fewer where the episode ends."""
-        if not self._turn.running:
-            return self._turn
-        episode, running = self._turn.episode, True
-        actions = actions[: self._task.max_steps - episode.steps]
-        for stretch in [actions] if self._recording is None else actions[:, None]:  # which is drawn step by step
-            self._draw()
-            self._step(stretch, episode)
-            running = not episode.success and episode.steps < self._task.max_steps
-            if not running:
-                self._draw()
-                self._finish(episode)
-                break
-        # When the time is up it is so for all of them, and nobody looks any more.
-        looked_at = episode.steps < self._task.max_steps
-        state = self._state()
-        observation = self._observation(state) if looked_at else self._turn.observation
-        self._turn = StepResult(episode, running, state, observation)
-        return self._turn
+        """Execute up to N `actions` (px), fewer where the episode ends; do nothing once it has ended."""
+        if not self._result.running:
+            return self._result
+        episode, running = self._result.episode, True
+        actions = actions[: self._spec.max_steps - episode.steps]
 
-    def _step(self, actions: Float32[np.ndarray, "N 2"], episode: EpisodeResult) -> None:
-        """Carry out `actions`; those after a success move the block of an episode that has ended."""
-        self._env._last_action = actions[-1]
+        # A recorded episode advances by single actions, since a frame is rendered before each; any other by the chunk.
+        for piece in [actions] if self._request is None else actions[:, None]:
+            self._record_frame()
+            self._execute(piece, episode)
+            running = not episode.success and episode.steps < self._spec.max_steps
+            if not running:
+                self._record_frame()
+                self._finish_recording(episode)
+                break
+
+        # All environments of a batch reach the time limit at once, so nobody looks at that observation: do not render
+        # it. After an early success the policy does look, together with the episodes that are still running.
+        state = self._state()
+        looked_at = episode.steps < self._spec.max_steps
+        observation = self._observe(state) if looked_at else self._result.observation
+        self._result = StepResult(episode, running, state, observation)
+        return self._result
+
+    def _execute(self, actions: Float32[np.ndarray, "N 2"], episode: EpisodeResult) -> None:
+        """Execute `actions` and update `episode` up to the first success.
+
+        Actions after it still move the block, but the episode has ended by then.
+        """
+        set_last_action(self._env, actions[-1])
         for covered in coverage_of_poses(advance(self._env, actions)[:, 2:]).tolist():
             reward = min(covered / SUCCESS_COVERAGE, 1.0)
             episode.coverage, episode.success = covered, covered > SUCCESS_COVERAGE
@@ -72,28 +82,28 @@ class ChunkedEnv:
             if episode.success:
                 break
 
-    def _draw(self) -> None:
-        if self._recording is None or self._video is None:
+    def _record_frame(self) -> None:
+        if self._request is None or self._video is None:
             return
-        render_observation = render_frame(self._env)
-        self._video.add(render_observation)
-        if self._recording.film_strip is not None:
-            self._frames.append(render_observation)
+        frame = render_frame(self._env)
+        self._video.add(frame)
+        if self._request.film_strip is not None:
+            self._frames.append(frame)
 
-    def _finish(self, episode: EpisodeResult) -> None:
-        if self._recording is None or self._video is None:
+    def _finish_recording(self, episode: EpisodeResult) -> None:
+        if self._request is None or self._video is None:
             return
         self._video.close()
-        if self._recording.film_strip is not None:
-            film_strip(self._frames, episode.success, episode.seed).save(self._recording.film_strip)
+        if self._request.film_strip is not None:
+            film_strip(self._frames, episode.success, episode.seed).save(self._request.film_strip)
         self._frames = []
 
-    def _state(self) -> State:
+    def _state(self) -> EnvState:
         env = self._env
         return np.array((*env.agent.position, *env.block.position, env.block.angle, *env.agent.velocity))
 
-    def _observation(self, state: State) -> Observation:
-        """As PushTEnv.get_obs."""
-        if self._task.obs_type == "pixels_agent_pos":
+    def _observe(self, state: EnvState) -> Observation:
+        """Return what PushTEnv.get_obs would."""
+        if self._spec.obs_type == "pixels_agent_pos":
             return {"pixels": render_observation(self._env), "agent_pos": state[:2]}
         return {"environment_state": keypoints(self._corners, state[None, 2:5])[0], "agent_pos": state[:2]}

@@ -1,7 +1,10 @@
-"""gym-pusht's physics by Chipmunk itself, called from machine code: the states of PushTEnv.step bit by bit.
+"""Run gym-pusht's physics by calling Chipmunk from compiled code; states are bit-identical to PushTEnv.step.
 
-A step of the environment is ten of Chipmunk's, before each of which a PD controller sets the agent's velocity. Called
-from Python, by pymunk or cffi, three quarters of its time are the calls.
+A step of the environment is ten physics steps, and before each a PD controller sets the agent's velocity. Through
+pymunk or cffi the calls from Python take three quarters of the time.
+
+This is the only module that uses private names of pymunk 6: its cffi module, and the C objects behind a space and a
+body.
 """
 
 from typing import Any
@@ -13,23 +16,28 @@ from numba import types
 from numba.extending import intrinsic
 from pymunk._chipmunk_cffi import ffi, lib
 
+from pusht_act.envs.gym_pusht_internals import controller
 from pusht_act.envs.simulator import compiled
+from pusht_act.runtime.versions import require_version
+
+require_version("pymunk", "6", __name__)
 
 _NAMES = ("cpSpaceStep", "cpBodySetVelocity", "cpBodyGetVelocity", "cpBodyGetPosition", "cpBodyGetAngle")
 _NOTHING, _NUMBER = ir.VoidType(), ir.DoubleType()
+# The calling conventions of x86-64 and ARM64, outside of Windows, pass a struct of two doubles as two doubles.
 _VECTOR = ir.LiteralStructType([_NUMBER, _NUMBER])
-"""A cpVect; one that is passed is two numbers, by the calling conventions of x86-64 and ARM64 outside of Windows."""
+"""A cpVect."""
 
 
 def advance(env: Any, actions: Float32[np.ndarray, "T 2"]) -> Float64[np.ndarray, "T 5"]:
-    """Carry out `actions` (px) in a PushTEnv; after each the agent's x and y, the block's x and y (px) and angle (rad).
+    """Execute `actions` (px) in a PushTEnv without rendering, measuring or ending the episode.
 
-    Nothing is drawn or measured, and the episode does not end.
+    Returns:
+        Agent x, y, block x, y (px) and block angle (rad) after each action.
     """
     poses = np.empty((len(actions), 5))
     objects = _address(env.space._space), _address(env.agent._body), _address(env.block._body)
-    substeps = int(1 / (env.dt * env.control_hz))
-    _advance(_FUNCTIONS, objects, np.asarray(actions, np.float64), substeps, env.dt, env.k_p, env.k_v, poses)
+    _advance(_FUNCTIONS, objects, np.asarray(actions, np.float64), *controller(env), poses)
     return poses
 
 
@@ -37,6 +45,8 @@ def _address(pointer: Any) -> int:
     return int(ffi.cast("uintptr_t", pointer))
 
 
+# Passed to the compiled code as arguments: addresses differ from process to process, so code that contained them
+# could not be cached on disk.
 _FUNCTIONS = tuple(_address(ffi.addressof(lib, name)) for name in _NAMES)
 
 
@@ -51,10 +61,11 @@ def _advance(
     k_v: float,
     poses: Float64[np.ndarray, "T 5"],
 ) -> None:
-    """PushTEnv.step's control, in its order of operations."""
+    """Execute `actions` by the control loop of PushTEnv.step, in its order of operations."""
     step_space, set_velocity, get_velocity, get_position, get_angle = functions
     space, agent, block = objects
     for t in range(len(actions)):
+        # The agent is kinematic: physics steps do not change its velocity, so it need not be read again before each.
         vx, vy = _vector_of(get_velocity, agent)
         for _ in range(substeps):
             x, y = _vector_of(get_position, agent)
@@ -68,10 +79,17 @@ def _advance(
 
 
 def _calling(returned: Any, result: Any, *given: Any) -> Any:
-    """A call of the C function at the address that is the first of the arguments, of types `given`."""
+    """Generate a call of a C function for numba.
+
+    Args:
+        returned: LLVM type of what the function returns.
+        result: Numba type of the same.
+        given: Numba types of the arguments; the first is the function's address.
+    """
 
     def generate(context: Any, builder: Any, _: Any, values: Any) -> Any:
         function = ir.FunctionType(returned, [value.type for value in values[1:]]).as_pointer()
+        # cffi knows the functions' types, but numba does not: the call is typed by hand.
         value = builder.call(builder.inttoptr(values[0], function), values[1:])
         if returned is _VECTOR:
             return context.make_tuple(builder, result, [builder.extract_value(value, i) for i in range(2)])

@@ -1,4 +1,4 @@
-"""gym-pusht's environment: making one, putting it into a state, the block's keypoints."""
+"""Make gym-pusht's environment, put it into a given state, compute the block's keypoints."""
 
 import math
 from collections.abc import Sequence
@@ -9,27 +9,39 @@ import gymnasium
 import numpy as np
 from jaxtyping import Float64
 
+from pusht_act.envs.gym_pusht_internals import controller
 from pusht_act.envs.simulator import ARENA, CENTRE, RECTANGLES, WALL_HIGH, WALL_LOW
 from pusht_act.runtime.errors import UserError
 
-State = tuple[float, float, float, float, float, float, float]
-"""Agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
-Start = int | tuple[float, float, float, float, float] | State
-"""Where an episode starts: a seed of gym-pusht's reset, or a state, whose agent is at rest if it has five numbers."""
+Start = (
+    int | tuple[float, float, float, float, float] | tuple[float, float, float, float, float, float, float]
+)  # fmt: skip
+"""Where an episode starts: a seed of gym-pusht's reset, or a state.
 
-SLACK = 20.0  # px: gym-pusht's own resets put corners of the T up to 17 px into a wall, which pushes them out
+A state is agent x, y, block x, y (px), block angle (rad) and agent velocity x, y (px/s). Without the last two numbers
+the agent is at rest.
+"""
+
+# gym-pusht's own resets put corners of the T up to 17 px into a wall, which then pushes them out.
+SLACK = 20.0
+"""How far outside the walls a state may be, px."""
 
 
 def make_env() -> Any:
-    """gym-pusht's PushTEnv as `gymnasium.make` builds it, without the wrappers that count steps and check types."""
+    """Make a PushTEnv as `gymnasium.make` does, without the wrappers that count steps and check types."""
     return gymnasium.make("gym_pusht/PushT-v0", obs_type="state", disable_env_checker=True).unwrapped
 
 
 def check_state(state: Sequence[float] | np.ndarray, key: str = "state") -> tuple[float, ...]:
-    """Return the first five numbers of a state as floats, after checking that they lie in the arena.
+    """Check that a state lies in the arena and return its first five numbers as floats.
+
+    Args:
+        state: At least agent x, y, block x, y (px) and block angle (rad).
+        key: Name of the state in messages.
 
     Raises:
-        UserError: not five finite numbers, or the agent or a corner of the block lies outside the walls.
+        UserError: Fewer than five numbers, one that is not finite, or the agent or a corner of the block outside the
+            walls.
     """
     values = tuple(float(value) for value in state[:5])
     shown = ", ".join(f"{value:g}" for value in values)
@@ -47,10 +59,10 @@ def check_state(state: Sequence[float] | np.ndarray, key: str = "state") -> tupl
 
 
 def check_start(start: Start | Sequence[float] | np.ndarray) -> Start:
-    """Return `start` in plain Python numbers, after checking that it is a seed or a state in the arena.
+    """Check that `start` is a seed or a state in the arena and return it in plain Python numbers.
 
     Raises:
-        UserError: a negative seed, neither five nor seven finite numbers, or agent or block outside the walls.
+        UserError: A negative seed, neither five nor seven finite numbers, or agent or block outside the walls.
     """
     if isinstance(start, int | np.integer):
         if start < 0:
@@ -73,43 +85,53 @@ def check_start(start: Start | Sequence[float] | np.ndarray) -> Start:
 def _corners(x: float, y: float, angle: float) -> Float64[np.ndarray, "8 2"]:
     c, s = math.cos(angle), math.sin(angle)
     corners = np.array([(px, py + CENTRE) for x0, y0, x1, y1 in RECTANGLES for px in (x0, x1) for py in (y0, y1)])
-    turned: np.ndarray = corners @ np.array(((c, s), (-s, c))) + (x, y)
-    return turned
+    rotated: np.ndarray = corners @ np.array(((c, s), (-s, c))) + (x, y)
+    return rotated
 
 
 def reset_to(env: Any, start: Start) -> None:
-    """Put a PushTEnv at `start`, the agent at rest unless `start` has its velocity.
+    """Reset a PushTEnv to `start`.
 
-    gym-pusht's own `reset_to_state` sets the block's position before its angle and so ends elsewhere; here the angle
-    comes first, and the block is where `start` says.
+    gym-pusht's own `reset_to_state` sets the block's position before its angle, which moves the block again. Here the
+    angle comes first, so that the block is where `start` says.
     """
     if isinstance(start, int):
         env.reset(seed=start)
         return
     env.reset(seed=0)
     vx, vy = start[5:] or (0.0, 0.0)
-    # One sub-step back, so that the step below brings the agent to `start` as it came there in the episode.
-    env.agent.position = (start[0] - vx * env.dt, start[1] - vy * env.dt)
+    dt = controller(env).dt
+
+    # Start the agent one physics step back: the step below then brings it to `start` as it came there in the episode.
+    env.agent.position = (start[0] - vx * dt, start[1] - vy * dt)
     env.agent.velocity = (vx, vy)
     env.block.angle = start[4]
     env.block.position = start[2:4]
-    env.space.step(env.dt)  # as gym-pusht's reset ends: contacts at the start act from the first step on
-    env.agent.position = start[:2]  # to the last bit
+
+    # gym-pusht's own reset ends with a physics step, too: contacts at the start act from the first action on.
+    env.space.step(dt)
+    # The step's arithmetic may have missed `start` by the last bit.
+    env.agent.position = start[:2]
 
 
 def disable_contact_counting(env: Any) -> None:
-    """After a reset: leave out gym-pusht's counting of contact points, which costs more than the physics."""
+    """Stop a PushTEnv, after its reset, from counting contact points, which costs more than the physics."""
+    # The handler that counts is registered for collisions of type 0.
     for shape in env.space.shapes:
-        shape.collision_type = 1  # the handler that counts is for type 0
-
-
-def block_corners(env: Any) -> Float64[np.ndarray, "8 2"]:
-    """The block's, in its own frame; those of a PushTEnv that has been reset."""
-    return np.array([vertex for shape in env._block_shapes for vertex in shape.get_vertices()])
+        shape.collision_type = 1
 
 
 def keypoints(corners: Float64[np.ndarray, "8 2"], poses: Float64[np.ndarray, "T 3"]) -> Float64[np.ndarray, "T 16"]:
-    """PushTEnv.get_keypoints, the same bits, for many of the block's x, y (px) and angle (rad) at once."""
+    """Compute PushTEnv.get_keypoints, bit-identical, for many poses at once.
+
+    Args:
+        corners: Corners of the block in its own frame, px.
+        poses: Block x, y (px) and angle (rad) in each row.
+
+    Returns:
+        x0, y0, x1, y1, ... of the eight corners in the arena, px.
+    """
+    # By math, not numpy: numpy's vectorized sine may differ from it in the last bit.
     cos = np.array([math.cos(angle) for angle in poses[:, 2]])[:, None]
     sin = np.array([math.sin(angle) for angle in poses[:, 2]])[:, None]
     x = corners[:, 0] * cos - corners[:, 1] * sin + poses[:, 0, None]

@@ -1,9 +1,9 @@
-"""gym-pusht environments that carry out a policy's actions a chunk at a time, in this process or in workers.
+"""Step many gym-pusht environments by chunks of actions, in this process or in worker processes.
 
-    policy looks -> actions [B, n, 2] -> each environment up to n steps -> B turns: what came of it, what is seen now
+    actions [B, N, 2] -> each environment executes up to N of them -> B step results, each with the next observation
 
-The environments are the same wherever they are, and so is every number. A worker owns a share of them, talks once a
-chunk, and imports neither torch nor lerobot.
+Results are bit-identical wherever the environments are. A worker owns some of them, answers once a chunk, and imports
+neither torch nor lerobot.
 """
 
 import multiprocessing
@@ -25,38 +25,52 @@ from pusht_act.envs.gym_env import ChunkedEnv
 from pusht_act.runtime.signals import block_signals
 from pusht_act.runtime.system import cores
 
+# A worker takes a second to start, in which one process finishes 20 episodes.
 MIN_ENVS_PER_WORKER = 5
-"""VectorEnv for which a worker is not worth its start: a second, in which one process carries out 20 episodes."""
+"""With fewer environments a worker is not worth its start."""
 
 
 class VectorEnv(Protocol):
-    """VectorEnv side by side."""
+    """Environments that are reset and stepped together."""
 
-    def reset(self, task: EnvSpec, seeds: Sequence[int], recordings: Sequence[VideoRequest | None]) -> list[StepResult]:
-        """Start an episode a seed; what is recorded of one is there when it has ended."""
+    def reset(self, spec: EnvSpec, seeds: Sequence[int], videos: Sequence[VideoRequest | None]) -> list[StepResult]:
+        """Start one episode for each seed.
+
+        Args:
+            spec: How to make the environments.
+            seeds: Seeds of the resets; as many environments are made as there are seeds.
+            videos: The video to record of each episode, or None; it is complete when the episode has ended.
+        """
 
     def step_chunk(self, actions: Float32[np.ndarray, "B N 2"]) -> list[StepResult]:
-        """Up to N steps of each, fewer where the episode ends; one that has ended stays as it is.
+        """Execute up to N actions (px) in each environment, fewer where the episode ends.
+
+        An environment whose episode has ended stays as it is.
 
         Raises:
-            OSError: a worker was killed, the environments are closed, or a recording cannot be written.
+            OSError: A worker was killed, the environments are closed, or a video cannot be written.
         """
 
     def close(self) -> None:
-        """Give everything back; a `step_chunk` of another thread fails soon."""
+        """Release all resources; a `step_chunk` in another thread soon fails."""
 
 
 @contextmanager
 def make_vector_envs(config: EvalConfig, needed: bool = True) -> Iterator[list[VectorEnv]]:
-    """Groups of environments in `config.workers` processes, which start while the caller goes on; 0 chooses the number.
+    """Make the environments of an evaluation and close them in the end.
 
-    That is one a core, but each has at least `MIN_ENVS_PER_WORKER` environments of a batch: a small evaluation is
-    over in this process before a worker has started. One process is this one, and so it is unless they are `needed`.
-    For more than one batch there are two groups: one carries out its actions while the policy looks at the other.
+    Workers start in the background. An evaluation of one batch gets one vector environment. For more batches the
+    workers are split into two: one steps while the policy infers the actions of the other.
+
+    Args:
+        config: `workers` is the number of processes. 0 takes one for each core, but at least `MIN_ENVS_PER_WORKER`
+            environments of a batch for each, so that a small evaluation is not delayed by their start.
+        needed: False makes one environment in this process and starts no worker.
     """
     batch = min(config.batch_size, config.n_episodes)
     workers = min(config.workers or min(cores(), batch // MIN_ENVS_PER_WORKER), batch)
     groups: list[VectorEnv] = [SyncVectorEnv()]
+    # A single worker would do no more than this process does.
     if needed and workers > 1:
         sizes = [workers] if batch == config.n_episodes else [workers - workers // 2, workers // 2]
         groups = [SubprocVectorEnv(size) for size in sizes]
@@ -68,34 +82,35 @@ def make_vector_envs(config: EvalConfig, needed: bool = True) -> Iterator[list[V
 
 
 class SyncVectorEnv:
-    """VectorEnv in this process, one after the other."""
+    """Environments in this process, stepped one after the other."""
 
     def __init__(self) -> None:
-        self._task: EnvSpec | None = None
-        self._made: list[ChunkedEnv] = []
-        self._used: list[ChunkedEnv] = []
+        self._spec: EnvSpec | None = None
+        self._pool: list[ChunkedEnv] = []
+        self._envs: list[ChunkedEnv] = []
         self._closed = False
 
-    def reset(self, task: EnvSpec, seeds: Sequence[int], recordings: Sequence[VideoRequest | None]) -> list[StepResult]:  # noqa: D102
-        if task != self._task:
-            self._task, self._made = task, []
-        self._made += [ChunkedEnv(task) for _ in range(len(seeds) - len(self._made))]
-        self._used = self._made[: len(seeds)]
-        return [env.reset(seed, recording) for env, seed, recording in zip(self._used, seeds, recordings, strict=True)]
+    def reset(self, spec: EnvSpec, seeds: Sequence[int], videos: Sequence[VideoRequest | None]) -> list[StepResult]:  # noqa: D102
+        # Environments are kept from batch to batch as long as the specification is the same.
+        if spec != self._spec:
+            self._spec, self._pool = spec, []
+        self._pool += [ChunkedEnv(spec) for _ in range(len(seeds) - len(self._pool))]
+        self._envs = self._pool[: len(seeds)]
+        return [env.reset(seed, video) for env, seed, video in zip(self._envs, seeds, videos, strict=True)]
 
     def step_chunk(self, actions: Float32[np.ndarray, "B N 2"]) -> list[StepResult]:  # noqa: D102
         if self._closed:
             raise OSError("the environments are closed")
-        return [env.step_chunk(each) for env, each in zip(self._used, actions, strict=True)]
+        return [env.step_chunk(chunk) for env, chunk in zip(self._envs, actions, strict=True)]
 
     def close(self) -> None:  # noqa: D102
         self._closed = True
 
 
 class SubprocVectorEnv:
-    """VectorEnv in `count` processes; environment i is in process i modulo `count`: recordings are shared out.
+    """Environments in `count` worker processes.
 
-    Plain processes, since those of multiprocessing would run a caller's script again.
+    Environment i is in worker i modulo `count`, so that the first episodes, which are recorded, are spread over all.
     """
 
     def __init__(self, count: int) -> None:
@@ -103,8 +118,10 @@ class SubprocVectorEnv:
         self._pipes: list[Connection] = []
         for _ in range(count):
             ours, theirs = multiprocessing.Pipe()
-            serve = f"from pusht_act.envs.vector_env import serve; serve({theirs.fileno()})"
-            command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {serve}"]
+            # Not multiprocessing.Process, which would import the caller's main script again.
+            code = f"from pusht_act.envs.vector_env import run_worker; run_worker({theirs.fileno()})"
+            command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
+            # The worker inherits the blocked signals: Ctrl-C and SIGTERM are for this process alone.
             with block_signals():
                 self._processes.append(
                     subprocess.Popen(
@@ -114,48 +131,57 @@ class SubprocVectorEnv:
             self._pipes.append(ours)
             theirs.close()
 
-    def reset(self, task: EnvSpec, seeds: Sequence[int], recordings: Sequence[VideoRequest | None]) -> list[StepResult]:  # noqa: D102
+    def reset(self, spec: EnvSpec, seeds: Sequence[int], videos: Sequence[VideoRequest | None]) -> list[StepResult]:  # noqa: D102
         n = len(self._pipes)
         self._count = len(seeds)
-        return self._turns("reset", [(task, seeds[i::n], recordings[i::n]) for i in range(n)])
+        return self._call_workers("reset", [(spec, seeds[i::n], videos[i::n]) for i in range(n)])
 
     def step_chunk(self, actions: Float32[np.ndarray, "B N 2"]) -> list[StepResult]:  # noqa: D102
         n = len(self._pipes)
-        return self._turns("step_chunk", [(actions[i::n],) for i in range(n)])
+        return self._call_workers("step_chunk", [(actions[i::n],) for i in range(n)])
 
-    def _turns(self, method: str, arguments: list[tuple[Any, ...]]) -> list[StepResult]:
-        """What `method` returns in each process, in the order of the environments."""
+    def _call_workers(self, method: str, arguments: list[tuple[Any, ...]]) -> list[StepResult]:
+        """Call `method` of each worker with its `arguments` and return the results in the environments' order."""
         try:
-            for pipe, each in zip(self._pipes, arguments, strict=True):
-                pipe.send((method, each))
-            shares = [pipe.recv() for pipe in self._pipes]
+            for pipe, values in zip(self._pipes, arguments, strict=True):
+                pipe.send((method, values))
+            answers = [pipe.recv() for pipe in self._pipes]
         except (EOFError, OSError) as error:
             raise OSError(
-                "a process of the evaluation was killed, perhaps for want of memory: give the command again with a "
-                "smaller eval.workers (1: none), mode=resume if it was training"
+                "a worker process of the evaluation was killed, perhaps for lack of memory: give the command again "
+                "with a smaller eval.workers (1 starts none), and with mode=resume if it was training"
             ) from error
-        for share in shares:
-            if isinstance(share, OSError):
-                raise share
-        n = len(shares)
-        return [shares[i % n][i // n] for i in range(self._count)]
+
+        # Raised only now that every worker has answered: an answer left in its pipe would be taken for the next one.
+        for answer in answers:
+            if isinstance(answer, OSError):
+                raise answer
+        n = len(answers)
+        return [answers[i % n][i // n] for i in range(self._count)]
 
     def close(self) -> None:  # noqa: D102
+        # Workers hold nothing that would be lost, so there is no need to ask them.
         for process in self._processes:
-            process.kill()  # it has nothing to lose
+            process.kill()
         for process in self._processes:
             process.wait()
 
 
-def serve(pipe: int) -> None:
-    """What a worker does: answer at the file descriptor `pipe` until its parent closes it, as a killed one does."""
-    connection, here = Connection(pipe), SyncVectorEnv()
-    coverage_of_poses(np.zeros((1, 3)))  # numba loads what it has compiled: half a second, while the parent is busy
+def run_worker(pipe: int) -> None:
+    """Serve a `SyncVectorEnv` until the parent closes the pipe or is killed.
+
+    Args:
+        pipe: File descriptor of this worker's end of the pipe.
+    """
+    connection, envs = Connection(pipe), SyncVectorEnv()
+    # Numba takes half a second to load its compiled code: do so now, while the parent imports torch.
+    coverage_of_poses(np.zeros((1, 3)))
     with suppress(EOFError, ConnectionError):
         while True:
             method, arguments = connection.recv()
             try:
-                answer = getattr(here, method)(*arguments)
-            except OSError as error:  # PyAV's own do not come through a pipe
+                answer = getattr(envs, method)(*arguments)
+            except OSError as error:
+                # PyAV's subclasses of OSError cannot be pickled.
                 answer = OSError(error.errno, error.strerror, error.filename)
             connection.send(answer)

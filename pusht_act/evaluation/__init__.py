@@ -1,1 +1,1 @@
-"""Roll a policy out in environments: episodes, metrics and videos. Knows nothing of training."""
+"""Evaluate a policy in environments: episodes, metrics and videos. Knows nothing of training."""

@@ -1,73 +1,30 @@
-"""Seeded rollouts of a policy in gym-pusht: one record an episode, the rates with their interval, videos, a film strip.
+"""Evaluate a policy: seeded episodes in batches, as many batches at once as there are groups of environments.
 
 Training and mode=eval call the same `evaluate`, so the same checkpoint and seeds give the same numbers in both.
 """
 
-import csv
-import json
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
-import numpy as np
-from lerobot.envs.configs import PushtEnv
-from lerobot.policies.act.modeling_act import ACTPolicy
 from tqdm import tqdm
 
+from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import EvalConfig
-from pusht_act.envs.episode import EpisodeResult, VideoRequest
+from pusht_act.envs.episode import EnvSpec, EpisodeResult, VideoRequest
 from pusht_act.envs.vector_env import VectorEnv
-from pusht_act.evaluation.rollout import Rollout, env_spec, rollout
-from pusht_act.evaluation.stats import wilson_interval
-from pusht_act.policy.act import Processors
+from pusht_act.evaluation.records import Evaluation, video_requests, write_records
+from pusht_act.evaluation.rollout import Actor, Rollout, env_spec, rollout
 from pusht_act.runtime.atomic import new_dir
 from pusht_act.runtime.signals import submit_uninterrupted, wait_interruptible
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation's result."""
-
-    episodes: list[EpisodeResult]
-    seconds: float
-    video_paths: list[Path] = field(default_factory=list)
-    film_strip: Path | None = None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """LeRobot's names, and the 95 % interval of pc_success, in percent like it."""
-        successes = sum(episode.success for episode in self.episodes)
-        low, high = wilson_interval(successes, len(self.episodes))
-        return {
-            "pc_success": 100.0 * successes / len(self.episodes),
-            "pc_success_low": 100.0 * low,
-            "pc_success_high": 100.0 * high,
-            "avg_max_reward": float(np.mean([episode.max_reward for episode in self.episodes])),
-            "avg_sum_reward": float(np.mean([episode.sum_reward for episode in self.episodes])),
-            "n_episodes": len(self.episodes),
-        }
-
-    @property
-    def score(self) -> tuple[float, float]:
-        """What checkpoints are compared by: success first, then how far the others came."""
-        return self.metrics["pc_success"], self.metrics["avg_max_reward"]
-
-    def __str__(self) -> str:
-        m = self.metrics
-        seeds = f"seeds {self.episodes[0].seed} to {self.episodes[-1].seed}"
-        return (
-            f"success {m['pc_success']:.1f} % (95 %: {m['pc_success_low']:.1f} to {m['pc_success_high']:.1f}), "
-            f"mean max reward {m['avg_max_reward']:.3f} over {m['n_episodes']} episodes, {seeds}, {self.seconds:.1f} s"
-        )
-
-
 def evaluate(
-    policy: ACTPolicy,
-    processors: Processors,
+    actor: Actor,
     envs: Sequence[VectorEnv],
     env: PushtEnv,
     config: EvalConfig,
@@ -75,91 +32,101 @@ def evaluate(
     directory: Path | None = None,
     description: str | None = "evaluating",
 ) -> Evaluation:
-    """`config.n_episodes` episodes from seed `config.start_seed` on; with `directory`, everything is written there.
+    """Run `config.n_episodes` episodes with seeds from `config.start_seed` on.
 
-    Writes episodes.csv, metrics.json, episode-N.mp4 of the first n_videos and film_strip.png of the first; all of it,
-    in the place of what was there, or nothing. A bar shows the progress unless `description` is None.
+    Args:
+        actor: The policy and its processors; the policy's training mode is restored in the end.
+        envs: Groups of environments; each runs one batch of `config.batch_size` episodes at a time.
+        env: What the environments are.
+        config: The `eval` section of the configuration.
+        directory: Where to write metrics, episodes, videos and film strip (see `records`), in place of what was there.
+            Either all of it is written or nothing; None writes nothing.
+        description: Label of the progress bar; None shows no bar.
 
     Raises:
-        OSError: a process of `envs` was killed, or the disk is full.
+        OSError: A worker process was killed, or the disk is full.
     """
-    if directory is None:
-        return _evaluated(policy, processors, envs, env, config, [], description)
-    with new_dir(directory) as part:
-        recordings = _recordings(part, min(config.n_videos, config.n_episodes), env.fps)
-        evaluation = _evaluated(policy, processors, envs, env, config, recordings, description)
-        _write(evaluation, part)
-    written = _recordings(directory, len(recordings), env.fps)
+    spec = env_spec(env, actor.policy.config)
+    with _ProgressBar(config.n_episodes, description) as progress:
+        if directory is None:
+            return _run_batches(actor, envs, spec, config, [], progress)
+        # Readers never see half an evaluation.
+        with new_dir(directory) as part:
+            requests = video_requests(part, min(config.n_videos, config.n_episodes), env.fps)
+            evaluation = _run_batches(actor, envs, spec, config, requests, progress)
+            write_records(evaluation, part)
+    videos = video_requests(directory, len(requests), env.fps)
     return replace(
-        evaluation, video_paths=[each.video for each in written], film_strip=written[0].film_strip if written else None
+        evaluation,
+        video_paths=[request.video for request in videos],
+        film_strip=videos[0].film_strip if videos else None,
     )
 
 
-def _recordings(directory: Path, count: int, fps: int) -> list[VideoRequest]:
-    return [
-        VideoRequest(directory / f"episode-{i}.mp4", fps, directory / "film_strip.png" if i == 0 else None)
-        for i in range(count)
-    ]
-
-
-def _evaluated(
-    policy: ACTPolicy,
-    processors: Processors,
+def _run_batches(
+    actor: Actor,
     envs: Sequence[VectorEnv],
-    env: PushtEnv,
+    spec: EnvSpec,
     config: EvalConfig,
-    recordings: list[VideoRequest],
-    description: str | None,
+    videos: list[VideoRequest],
+    progress: "_ProgressBar",
 ) -> Evaluation:
-    """Batch after batch, as many at once as there are groups of environments."""
     start = time.perf_counter()
-    task = env_spec(env, policy.config)
-    count = min(config.batch_size, config.n_episodes)
-    # LeRobot's ensembler is the policy's own, for one batch at a time.
-    groups = envs[:1] if policy.config.temporal_ensemble_coeff is not None else envs
+    batch_size = min(config.batch_size, config.n_episodes)
+
+    # LeRobot's temporal ensembler keeps its state in the policy, so it serves one batch at a time.
+    groups = envs[:1] if actor.policy.config.temporal_ensemble_coeff is not None else envs
     free: SimpleQueue[VectorEnv] = SimpleQueue()
     for group in groups:
         free.put(group)
-    was_training, broken_off = policy.training, threading.Event()
+    was_training, cancelled = actor.policy.training, threading.Event()
 
-    def batch(done: int) -> Rollout:
+    def run_batch(first: int) -> Rollout:
+        """Run the episodes from number `first` on, in a group of environments that is free."""
+
         def on_step(running: int) -> None:
-            if broken_off.is_set():
+            if cancelled.is_set():
                 raise CancelledError
-            progress.show(done, count - running)
+            progress.update(first, batch_size - running)
 
-        group, first = free.get(), config.start_seed + done
+        group, seed = free.get(), config.start_seed + first
         try:
-            return rollout(
-                policy, processors, group, task,
-                seeds=range(first, first + count), recordings=recordings[done : done + count], on_step=on_step,
-            )  # fmt: skip
+            seeds, requests = range(seed, seed + batch_size), videos[first : first + batch_size]
+            return rollout(actor, group, spec, seeds, requests, on_step)
         finally:
             free.put(group)
 
-    with _Progress(config.n_episodes, description) as progress, ThreadPoolExecutor(len(groups)) as threads:
+    # The last batch is filled up to full size, since a smaller batch would round differently; the episodes beyond
+    # n_episodes are dropped below.
+    firsts = range(0, config.n_episodes, batch_size)
+    with ThreadPoolExecutor(len(groups)) as threads:
         try:
-            starts = range(0, config.n_episodes, count)
-            if len(groups) == 1:  # here, where a signal breaks it off at once
-                parts = [batch(first) for first in starts]
+            if len(groups) == 1:
+                # In this thread, where a signal interrupts it at once.
+                rollouts = [run_batch(first) for first in firsts]
             else:
-                futures = [submit_uninterrupted(threads, batch, first) for first in starts]
+                futures = [submit_uninterrupted(threads, run_batch, first) for first in firsts]
                 wait_interruptible(*futures)
-                parts = [future.result() for future in futures if future.done()]
+                rollouts = [future.result() for future in futures if future.done()]
         except BaseException:
-            broken_off.set()
-            threads.shutdown(wait=False, cancel_futures=True)  # those that have not begun
+            # Batches that run stop at their next step; those that have not started are dropped.
+            cancelled.set()
+            threads.shutdown(wait=False, cancel_futures=True)
             raise
         finally:
-            policy.train(was_training)
-    # The last batch is filled up to its size: a smaller one would round differently.
-    n = config.n_episodes
-    episodes = [replace(each, episode_ix=i) for i, each in enumerate([e for p in parts for e in p.episodes][:n])]
-    return Evaluation(episodes, time.perf_counter() - start)
+            actor.policy.train(was_training)
+    episodes: list[EpisodeResult] = [episode for part in rollouts for episode in part.episodes]
+    numbered = [replace(episode, episode_ix=i) for i, episode in enumerate(episodes[: config.n_episodes])]
+    return Evaluation(numbered, time.perf_counter() - start)
 
 
-class _Progress:
-    """A bar of the episodes that have ended, in batches side by side; none if `description` is None."""
+class _ProgressBar:
+    """Show how many episodes have ended, in all batches together.
+
+    Args:
+        total: Number of episodes.
+        description: Label of the bar; None shows no bar, otherwise it is shown where there is a terminal.
+    """
 
     def __init__(self, total: int, description: str | None) -> None:
         hidden = True if description is None else None
@@ -167,24 +134,15 @@ class _Progress:
         self._ended: dict[int, int] = {}
         self._lock = threading.Lock()
 
-    def show(self, batch: int, ended: int) -> None:
-        """So many of `batch` have ended."""
+    def update(self, batch: int, ended: int) -> None:
+        """Record that `ended` episodes of `batch` have ended."""
         with self._lock:
             self._ended[batch] = ended
+            # The last batch may have more episodes than were asked for.
             self._bar.update(min(sum(self._ended.values()), self._bar.total) - self._bar.n)
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "_ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-def _write(evaluation: Evaluation, directory: Path) -> None:
-    episodes = evaluation.episodes
-    with (directory / "episodes.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(asdict(episodes[0])))
-        writer.writeheader()
-        writer.writerows(asdict(episode) for episode in episodes)
-    record = {**evaluation.metrics, "start_seed": episodes[0].seed, "eval_s": evaluation.seconds}
-    (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")

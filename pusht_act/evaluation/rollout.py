@@ -1,4 +1,4 @@
-"""Roll a policy out: episodes side by side, one batch of observations a query."""
+"""Roll a policy out: one batch of observations, one chunk of actions for each environment, until all episodes end."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -7,77 +7,89 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from jaxtyping import Float32
-from lerobot.envs.configs import PushtEnv
 from lerobot.envs.utils import preprocess_observation
-from lerobot.policies.act.configuration_act import ACTConfig
-from lerobot.policies.act.modeling_act import ACTPolicy
 
+from pusht_act.config.lerobot import PushtEnv
 from pusht_act.envs.episode import EnvSpec, EpisodeResult, StepResult, VideoRequest
 from pusht_act.envs.vector_env import VectorEnv
 from pusht_act.policy.act import Processors, autocast
+from pusht_act.policy.lerobot import ACTConfig, ACTPolicy
+
+# LeRobot's processors keep the batch that they are working on in themselves, so only one thread may be in them.
+_INFERENCE_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Actor:
+    """A policy with its processors: takes observations of environments, returns actions in pixels."""
+
+    policy: ACTPolicy
+    processors: Processors
+
+    def predict_actions(self, results: list[StepResult]) -> Float32[np.ndarray, "B N 2"]:
+        """Predict the next n_action_steps actions (px) from the observation of each environment."""
+        observation = {key: np.stack([r.observation[key] for r in results]) for key in results[0].observation}
+        with _INFERENCE_LOCK:
+            batch = self.processors.pre(preprocess_observation(observation))
+            with autocast(self.policy):
+                # LeRobot's temporal ensembling is in select_action alone, and takes n_action_steps 1.
+                if self.policy.config.temporal_ensemble_coeff is not None:
+                    chunk = self.policy.select_action(batch).unsqueeze(1)
+                else:
+                    chunk = self.policy.predict_action_chunk(batch)[:, : self.policy.config.n_action_steps]
+            actions: np.ndarray = self.processors.post(chunk.float()).cpu().numpy()
+        return actions
 
 
 @dataclass
 class Rollout:
-    """Episodes side by side."""
+    """What a batch of episodes came to."""
 
     episodes: list[EpisodeResult] = field(default_factory=list)
     actions: list[Float32[np.ndarray, "B N 2"]] = field(default_factory=list)
-    """What the policy chose each time; an episode that has ended carries none of it out."""
+    """The chunk predicted at each query, px; finished episodes ignore theirs."""
 
 
 def env_spec(env: PushtEnv, policy: ACTConfig) -> EnvSpec:
-    """`env` as its environments are made, with pictures of the size that `policy` takes."""
+    """Return the specification of `env`, with images of the size that `policy` takes."""
     kwargs = env.gym_kwargs
+    # A policy takes images of the size that it was trained on, whatever the environment's default.
     for feature in policy.image_features.values():
         kwargs |= {"observation_height": feature.shape[1], "observation_width": feature.shape[2]}
     return EnvSpec(env.gym_id, kwargs, env.obs_type, env.episode_length)
 
 
-_INFERENCE_LOCK = threading.Lock()
-"""Held while a policy looks: LeRobot's processors keep the batch at hand in themselves."""
-
-
 @torch.inference_mode()
 def rollout(
-    policy: ACTPolicy,
-    processors: Processors,
+    actor: Actor,
     envs: VectorEnv,
-    task: EnvSpec,
-    *,
+    spec: EnvSpec,
     seeds: Sequence[int],
-    recordings: Sequence[VideoRequest] = (),
+    videos: Sequence[VideoRequest] = (),
     on_step: Callable[[int], None] = lambda _running: None,
 ) -> Rollout:
-    """Run one episode a seed, all of them in step, until the last has ended; the first have `recordings`.
+    """Run one episode for each seed, all in step, until the last has ended.
 
-    As in stock LeRobot the policy sees the whole batch each time, ended episodes included, so that an episode's
+    As in stock LeRobot the policy sees the whole batch at each query, finished episodes included, so that an episode's
     numbers do not depend on when its neighbours end.
+
+    Args:
+        actor: The policy, which is put into eval mode, and its processors.
+        envs: Where the episodes run.
+        spec: How to make the environments.
+        seeds: Seeds of the resets.
+        videos: Videos to record of the first episodes.
+        on_step: Called after each chunk with the number of episodes still running; what it raises ends the rollout.
     """
-    policy.eval()
-    policy.reset()
-    result = Rollout()
-    turns = envs.reset(task, seeds, [*recordings, *[None] * (len(seeds) - len(recordings))])
-    while any(turn.running for turn in turns):
-        actions = _predict_actions(policy, processors, turns)
-        result.actions.append(actions)
-        turns = envs.step_chunk(actions)
-        on_step(sum(turn.running for turn in turns))
-    result.episodes = [replace(turn.episode, episode_ix=i) for i, turn in enumerate(turns)]
-    return result
-
-
-def _predict_actions(
-    policy: ACTPolicy, processors: Processors, turns: list[StepResult]
-) -> Float32[np.ndarray, "B N 2"]:
-    """The next n_action_steps actions of each, in px."""
-    seen = {key: np.stack([turn.observation[key] for turn in turns]) for key in turns[0].observation}
-    with _INFERENCE_LOCK:
-        batch = processors.pre(preprocess_observation(seen))
-        with autocast(policy):
-            if policy.config.temporal_ensemble_coeff is not None:  # LeRobot then has n_action_steps 1
-                chunk = policy.select_action(batch).unsqueeze(1)
-            else:
-                chunk = policy.predict_action_chunk(batch)[:, : policy.config.n_action_steps]
-        actions: np.ndarray = processors.post(chunk.float()).cpu().numpy()
-    return actions
+    actor.policy.eval()
+    actor.policy.reset()
+    rolled_out = Rollout()
+    results = envs.reset(spec, seeds, [*videos, *[None] * (len(seeds) - len(videos))])
+    # Finished environments return their last result again, and keep their row of the batch.
+    while any(result.running for result in results):
+        actions = actor.predict_actions(results)
+        rolled_out.actions.append(actions)
+        results = envs.step_chunk(actions)
+        on_step(sum(result.running for result in results))
+    rolled_out.episodes = [replace(result.episode, episode_ix=i) for i, result in enumerate(results)]
+    return rolled_out

@@ -1,4 +1,4 @@
-"""LeRobot's ACT policy: made, loaded, its loss, its processors, its optimizer."""
+"""LeRobot's ACT: make and load the policy and its processors, compute its loss, choose its precision."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -9,24 +9,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lerobot.policies.act.configuration_act import ACTConfig
-from lerobot.policies.act.modeling_act import ACTPolicy
-from lerobot.policies.act.processor_act import make_act_pre_post_processors
-from lerobot.policies.factory import make_pre_post_processors
-from lerobot.processor import PolicyProcessorPipeline
-from lerobot.processor.pipeline import ProcessorMigrationError
-from lerobot.utils.constants import ACTION, OBS_IMAGES
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor
 
+from pusht_act.policy.lerobot import (
+    ACTION,
+    OBS_IMAGES,
+    ACTConfig,
+    ACTPolicy,
+    PolicyProcessorPipeline,
+    ProcessorMigrationError,
+    make_act_pre_post_processors,
+    make_pre_post_processors,
+)
+from pusht_act.policy.torch_internals import cpu_has_bf16
 from pusht_act.runtime.errors import UserError
 
-DAMAGED = (
+# LeRobot does not wrap them: a damaged file can surface as nearly anything.
+PROCESSOR_ERRORS = (
     *(OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError),
     ProcessorMigrationError,
 )
-"""What LeRobot raises at a processor's files that are missing, damaged or not its own."""
+"""What LeRobot raises for processor files that are missing, damaged or not its own."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,15 @@ class Processors:
 
 
 def make_policy(config: ACTConfig) -> ACTPolicy:
-    """A fresh ACT on `config.device`; draws from PyTorch's global generator.
+    """Make an untrained ACT on `config.device`; its weights draw from PyTorch's global generator.
 
     Raises:
-        UserError: the ImageNet weights of the backbone cannot be had.
+        UserError: The pretrained weights of the backbone cannot be downloaded.
     """
     try:
         return _to_device(ACTPolicy(config))
-    except OSError as error:  # torchvision downloads by urllib, whose errors are OSErrors
+    except OSError as error:
+        # torchvision downloads by urllib, whose errors are OSErrors.
         raise UserError(
             f"policy.pretrained_backbone_weights={config.pretrained_backbone_weights} cannot be downloaded ({error}): "
             "give policy.pretrained_backbone_weights=null to start from random weights"
@@ -53,12 +59,12 @@ def make_policy(config: ACTConfig) -> ACTPolicy:
 
 
 def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
-    """The ACT with the weights in `directory`/model.safetensors.
+    """Load the ACT whose weights are in `directory`/model.safetensors.
 
     Raises:
-        UserError: the file is missing, damaged, or of another architecture than `config`.
+        UserError: The file is missing, damaged, or of another architecture than `config`.
     """
-    # The weights to load replace ImageNet's, which stock LeRobot downloads here all the same.
+    # The loaded weights replace those of ImageNet, which LeRobot would download here all the same.
     policy = ACTPolicy(dataclasses.replace(config, pretrained_backbone_weights=None))
     policy.config = config
     path = directory / "model.safetensors"
@@ -66,34 +72,39 @@ def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
         load_model(policy, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is missing or damaged ({error}): give another checkpoint") from error
-    except RuntimeError as error:  # keys or shapes differ
+    except RuntimeError as error:
+        # Keys or shapes differ.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} holds another policy than policy.* describes: {reason}") from error
     return _to_device(policy)
 
 
 def _to_device(policy: ACTPolicy) -> ACTPolicy:
-    """`policy` on its device. A GPU multiplies fp32 in TF32, as in stock training and evaluation.
-
-    Its convolutions want channels last; for an evaluation, too, or mode=eval would round otherwise than training.
-    """
+    """Move `policy` to its device, on a GPU in the memory format that is fastest there."""
     if torch.device(policy.config.device).type != "cuda":
         return policy.to(policy.config.device)
+
+    # As stock training and evaluation do: fp32 matrices are multiplied in TF32. cuDNN's convolutions are faster with
+    # channels last. Evaluation uses both, too, or mode=eval would round differently from training.
     torch.backends.cuda.matmul.allow_tf32 = True
     return policy.to(policy.config.device, memory_format=torch.channels_last)
 
 
 def make_processors(config: ACTConfig, stats: dict[str, dict[str, Tensor]]) -> Processors:
-    """The processors of a fresh policy; `stats` as `data.normalization_stats` gives them."""
+    """Make the processors of an untrained policy; `stats` come from `data.dataset.normalization_stats`."""
     return Processors(*make_act_pre_post_processors(config, stats))
 
 
 def load_processors(config: ACTConfig, directory: Path) -> Processors:
-    """The processors saved in a checkpoint, whose statistics stand, moved to the policy's device."""
+    """Load the processors in `directory`, with their own statistics, for the policy's device.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
     device = {"device_processor": {"device": config.device}}
     try:
         return Processors(*make_pre_post_processors(config, str(directory), preprocessor_overrides=device))
-    except DAMAGED as error:
+    except PROCESSOR_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{directory}: the processors are missing or damaged ({reason})") from error
 
@@ -151,17 +162,22 @@ def valid_counts(batch: Mapping[str, Tensor]) -> Float[Tensor, "2"]:
 
 
 def autocast(policy: ACTPolicy, precision: str | None = None) -> torch.autocast:
-    """bfloat16 or not, as `precision` says; None: where LeRobot's `policy.use_amp` asks for it, as in evaluations."""
+    """Return a context that computes in bfloat16 where `is_bf16` says so."""
     device = torch.device(policy.config.device).type
     return torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16(policy.config, precision))
 
 
 def bf16_is_emulated(config: ACTConfig, precision: str | None) -> bool:
-    """Whether `precision`, as for `autocast`, is one that the device has no arithmetic for."""
+    """Return whether training would compute in a bfloat16 that the CPU only emulates."""
     on_cpu = torch.device(str(config.device)).type == "cpu"
-    return on_cpu and is_bf16(config, precision) and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return on_cpu and is_bf16(config, precision) and not cpu_has_bf16()
 
 
 def is_bf16(config: ACTConfig, precision: str | None) -> bool:
-    """Whether `precision`, as for `autocast`, is bfloat16."""
+    """Return whether to compute in bfloat16.
+
+    Args:
+        config: Configuration of the policy.
+        precision: "bf16", another precision, or None to follow LeRobot's `policy.use_amp`, as evaluations do.
+    """
     return bool(config.use_amp) if precision is None else precision == "bf16"

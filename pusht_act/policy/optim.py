@@ -1,22 +1,22 @@
-"""AdamW as LeRobot builds it, fused; its options after a resume."""
+"""AdamW as LeRobot configures it, with PyTorch's fused kernel."""
 
 from typing import Any
 
 import torch
-from lerobot.optim import AdamWConfig
-from lerobot.policies.act.configuration_act import ACTConfig
-from lerobot.policies.act.modeling_act import ACTPolicy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pusht_act.policy.lerobot import ACTConfig, ACTPolicy, AdamWConfig
+
 
 def make_optimizer(policy: ACTPolicy, config: AdamWConfig) -> Optimizer:
-    """AdamW over LeRobot's two groups: everything but the backbone, and the backbone at its own rate.
+    """Make AdamW over LeRobot's two parameter groups: the backbone at its own learning rate, and everything else.
 
-    Fused into one pass over the weights, which stock's is not; a file of its state says nothing of that, since stock
-    LeRobot reads only files of optimizers like its own.
+    The fused kernel updates all weights in one pass; stock LeRobot does not use it.
     """
     optimizer: Optimizer = config.build(policy.get_optim_params())
+
+    # Saved states carry no trace of the fused kernel, so that stock LeRobot can load them; loaded ones regain it.
     optimizer.register_state_dict_post_hook(_strip_fused_flag)
     optimizer.register_load_state_dict_post_hook(_fuse)
     _fuse(optimizer)
@@ -24,7 +24,8 @@ def make_optimizer(policy: ACTPolicy, config: AdamWConfig) -> Optimizer:
 
 
 def _fuse(optimizer: Optimizer) -> None:
-    """As the fused kernel needs it: it counts on the device, and all of a weight's tensors lie as the weight does."""
+    """Prepare the optimizer and its state for the fused kernel."""
+    # The kernel keeps `step` on the device and needs the moments in the memory format of their parameter.
     for group in optimizer.param_groups:
         group["fused"] = True
     for parameter, state in optimizer.state.items():
@@ -33,7 +34,7 @@ def _fuse(optimizer: Optimizer) -> None:
 
 
 def _strip_fused_flag(_: Optimizer, state: dict[str, Any]) -> None:
-    """What a file takes: plain memory, and not a word of the kernel."""
+    """Make a state dict that stock LeRobot can load: contiguous tensors and no `fused` flag."""
     for group in state["param_groups"]:
         group["fused"] = None
     state["state"] = {
@@ -45,10 +46,15 @@ def _strip_fused_flag(_: Optimizer, state: dict[str, Any]) -> None:
 def override_restored_hparams(
     optimizer: Optimizer, scheduler: LRScheduler | None, config: AdamWConfig, policy: ACTConfig
 ) -> None:
-    """After the optimizer's state was loaded: the rates and options of the configuration hold, not the file's.
+    """Apply the configured learning rates and options to an optimizer whose state was loaded from a file.
 
-    PyTorch restores the old learning rate with the moments, so a new one given on resume would do nothing. Under a
-    schedule the base rate is replaced and the present rate scaled with it.
+    PyTorch restores the saved learning rate together with the moments, so a new one given on resume would do nothing.
+
+    Args:
+        optimizer: The optimizer, with its loaded state.
+        scheduler: The learning rate schedule with its loaded state, if there is one.
+        config: Options of AdamW.
+        policy: Holds the learning rates of the two parameter groups.
     """
     for i, (group, rate) in enumerate(
         zip(optimizer.param_groups, (policy.optimizer_lr, policy.optimizer_lr_backbone), strict=True)
@@ -57,5 +63,6 @@ def override_restored_hparams(
         if scheduler is None:
             group["lr"] = rate
         elif rate != scheduler.base_lrs[i]:
+            # The schedule multiplies its base rate: replace that, and scale the present rate by as much.
             group["lr"] *= rate / scheduler.base_lrs[i]
             group["initial_lr"] = scheduler.base_lrs[i] = rate

@@ -25,7 +25,9 @@ from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
 from pusht_act.checkpoints.manifest import find_corruption
 from pusht_act.config.schema import Config
 from pusht_act.envs.vector_env import VectorEnv, make_vector_envs
-from pusht_act.evaluation.evaluate import Evaluation, evaluate
+from pusht_act.evaluation.evaluate import evaluate
+from pusht_act.evaluation.records import Evaluation
+from pusht_act.evaluation.rollout import Actor
 from pusht_act.policy.act import Processors
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import is_main
@@ -148,9 +150,8 @@ class AsyncEvaluator:
     def _evaluate(self, step: int, policy: ACTPolicy, description: str | None) -> Evaluation:
         options = self.config.eval
         directory = self.run.evaluation(step, options.start_seed, options.n_episodes)
-        return evaluate(
-            policy, self.processors, self.envs, self.env, options, directory=directory, description=description
-        )
+        actor = Actor(policy, self.processors)
+        return evaluate(actor, self.envs, self.env, options, directory=directory, description=description)
 
 
 def find_pending(start: Checkpoint, state: TrainerState, steps: int) -> Path | None:

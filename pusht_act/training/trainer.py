@@ -20,7 +20,7 @@ from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.loader import Batch, BatchIndices, BatchLoader
 from pusht_act.data.sampler import EpisodeSampler
-from pusht_act.evaluation.evaluate import Evaluation
+from pusht_act.evaluation.records import Evaluation
 from pusht_act.policy.act import autocast
 from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir

@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 import pusht_act
 from pusht_act.checkpoints.resume import RESULT_NEUTRAL_KEYS, _differences
 from pusht_act.config.validation import to_config
-from pusht_act.evaluation.evaluate import Evaluation, evaluate
+from pusht_act.evaluation.evaluate import evaluate
+from pusht_act.evaluation.records import Evaluation
 from pusht_act.job import Result
 from pusht_act.training import async_evaluation as evaluations
 from tests.helpers.commands import Commands, appears

@@ -128,7 +128,7 @@ def test_damage_on_disk_is_found_at_opening_and_mended(
         (line,) = [record.getMessage() for record in caplog.records]
         assert f"the cached data set {folder} is damaged (" in line
         assert name in line
-        assert line.endswith("making it again")
+        assert line.endswith("building it again")
         assert is_sound(opened())
         assert builds() == number
 

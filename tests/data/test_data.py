@@ -58,7 +58,7 @@ def test_a_video_decoded_in_parts_is_the_same(
 ) -> None:
     whole = open_lerobot_dataset(config(image_dataset)).arrays["observation.image"]
     monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path))
-    monkeypatch.setattr(lerobot_dataset, "PART", 7)
+    monkeypatch.setattr(lerobot_dataset, "FRAMES_PER_PART", 7)
     assert np.array_equal(open_lerobot_dataset(config(image_dataset)).arrays["observation.image"], whole)
 
 
@@ -151,12 +151,12 @@ def test_demos_equal_their_replay(cache: Path) -> None:
     from lerobot.envs.configs import PushtEnv
 
     from pusht_act.data.builtin_demos import open_builtin_demos
-    from pusht_act.demos import builtin as embedded
+    from pusht_act.demos import builtin
     from pusht_act.demos.replay import replay
 
     frames = open_builtin_demos(2, PushtEnv(obs_type="pixels_agent_pos"))
     assert set(frames.arrays) == {"observation.image", "observation.state", "action"}
-    second = embedded.load(2)[1]
+    second = builtin.load(2)[1]
     episode = replay(second.start, second.action, image=True)
     start, stop = frames.episodes[1]
     assert episode.image is not None
@@ -247,7 +247,7 @@ def test_another_format_version_is_refused(keypoints_dataset: Path, tmp_path: Pa
         open_lerobot_dataset(config(root))
 
 
-def test_pictures_that_do_not_fit_the_device_give_the_same_batches(
+def test_images_that_do_not_fit_the_device_give_the_same_batches(
     image_dataset: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Read from the map some batches ahead; the order counts those that were taken."""
@@ -255,7 +255,9 @@ def test_pictures_that_do_not_fit_the_device_give_the_same_batches(
     with caplog.at_level(logging.INFO):
         resident, read = BatchLoader(frames, 5, "cpu"), BatchLoader(frames, 5, "cpu", room=1e6)
     (said,) = [record.getMessage() for record in caplog.records if record.name == "pusht_act.data.loader"]
-    assert said == "the pictures take 0.00196 GB, cpu has room for 0.001: they are read from the cache, 4 batches ahead"
+    assert (
+        said == "the images take 0.00196 GB, cpu has room for 0.001 GB: they are read from the cache, 4 batches ahead"
+    )
     orders = EpisodeSampler(frames, [0, 1, 2], 3), EpisodeSampler(frames, [0, 1, 2], 3)
     streams = resident.iter_batches(orders[0], 20), read.iter_batches(orders[1], 20)
     for step in range(9):  # over two epochs
@@ -271,7 +273,7 @@ def test_pictures_that_do_not_fit_the_device_give_the_same_batches(
     assert torch.equal(read.batch(indices)["observation.image"], resident.batch(indices)["observation.image"])
 
 
-def test_pictures_are_on_the_device_if_they_fit(image_dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_are_on_the_device_if_they_fit(image_dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
     frames = open_lerobot_dataset(config(image_dataset))
     size = frames.arrays["observation.image"].nbytes
     with caplog.at_level(logging.INFO):

@@ -335,7 +335,7 @@ def test_options_that_solve_nothing_end_the_job(
 ) -> None:
     failure = Demonstration(0, np.zeros((1, 2), np.float32), np.zeros((1, 2), np.float32), 0.1, False)
     monkeypatch.setattr(collect, "demonstrate", lambda seed, _: replace(failure, start=seed))
-    with pytest.raises(ValueError, match="only 0 of 20 starts were solved with .*: give demos.speed"):
+    with pytest.raises(ValueError, match="only 0 of 20 starts were solved with .*: bring demos.speed"):
         make(tmp_path / "none", count=1)
     assert not (tmp_path / "none").exists()
 
@@ -353,7 +353,7 @@ def test_options_that_solve_nothing_end_the_job(
         ("demos.n_episodes=0", r"demos.n_episodes=0 is too small: give 1"),
         ("demos.workers=-1", r"demos.workers=-1 is too small: give 0"),
         ("demos.start_seed=-1", r"demos.start_seed=-1 is too small: give 0"),
-        ("demos.n_episodes=1000000000", "MB are free there, 1000000000 episodes need about .* MB: free some"),
+        ("demos.n_episodes=1000000000", "MB are free there, and 1000000000 episodes need about .* MB: free some"),
         ("demos.push_to_hub=true", "demos.push_to_hub=true needs a place to push to: give demos.repo_id=USER/NAME"),
         ("policy.push_to_hub=true", "give demos.push_to_hub=true"),
         ("print_lerobot_command=true", "print_lerobot_command=true"),

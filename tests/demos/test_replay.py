@@ -4,7 +4,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from pusht_act.demos import builtin as embedded
+from pusht_act.demos import builtin
 from pusht_act.demos.replay import replay
 from pusht_act.envs.pusht import Start, make_env, reset_to
 from pusht_act.envs.rendering import render_frame
@@ -22,7 +22,7 @@ def rolled_out(start: Start, actions: np.ndarray, obs_type: str) -> tuple[list, 
 
 @pytest.mark.parametrize("index", [0, 1, 2, 3])
 def test_replay_gives_what_the_environment_gives(index: int) -> None:
-    made = embedded.load(4)[index]
+    made = builtin.load(4)[index]
     observations, results = rolled_out(made.start, made.action, "environment_state_agent_pos")
     episode = replay(made.start, made.action)
     agent = np.array([o["agent_pos"] for o in observations])
@@ -42,7 +42,7 @@ def test_replay_gives_what_the_environment_gives(index: int) -> None:
 
 
 def test_pictures_are_those_of_the_environment() -> None:
-    made = embedded.load(1)[0]
+    made = builtin.load(1)[0]
     observations, _ = rolled_out(made.start, made.action[:60:3], "pixels_agent_pos")
     image = replay(made.start, made.action[:60:3], image=True).image
     assert image is not None
@@ -56,7 +56,7 @@ def test_a_video_shows_what_the_environment_draws() -> None:
     env.visualization_width, env.visualization_height = 203, 384
     env.reset(seed=1)
     np.testing.assert_array_equal(render_frame(env), env.render())
-    for action in embedded.load(1)[0].action[:60:6]:
+    for action in builtin.load(1)[0].action[:60:6]:
         env.step(action)
         np.testing.assert_array_equal(render_frame(env), env.render())
 

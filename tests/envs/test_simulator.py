@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pusht_act.demos import builtin as embedded
+from pusht_act.demos import builtin
 from pusht_act.envs import simulator
 from pusht_act.envs.coverage import coverage, coverage_of_poses
 from pusht_act.envs.pusht import make_env, reset_to
@@ -25,8 +25,8 @@ from pusht_act.envs.simulator import (
     new_contacts,
     new_state,
     observe,
-    rollout,
-    step,
+    sim_step,
+    simulate,
 )
 
 ENV = make_env()
@@ -92,7 +92,7 @@ def test_twenty_steps_of_random_pushes_equal_pymunk(
         for _ in range(20):
             target = np.clip(target + 0.2 * (np.array(aim) - target) + 10 * random.standard_normal(2), 0, 512)
             ENV.step(target)
-            step(state, contacts, *target)
+            sim_step(state, contacts, *target)
             if touches_wall(state):
                 break
             assert error(state) < 1e-6
@@ -111,15 +111,15 @@ def test_blocks_pushed_at_walls_stay_close(seed: int) -> None:
         for t in range(20):
             target = (300.0 + 4.0 * t, 250.0)
             ENV.step(np.array(target))
-            step(state, contacts, *target)
+            sim_step(state, contacts, *target)
         assert error(state) < 10.0
         assert corners(state).max() < WALL_HIGH + 3.0
 
 
-def test_embedded_actions_roll_out_as_in_pymunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_in_demonstrations_roll_out_as_in_pymunk(monkeypatch: pytest.MonkeyPatch) -> None:
     without_shapely(monkeypatch)
     errors = []
-    for made in embedded.load(40):
+    for made in builtin.load(40):
         ENV.reset(seed=made.start)
         state, contacts = (
             new_state(np.array((*ENV.agent.position, *ENV.block.position, ENV.block.angle))),
@@ -127,7 +127,7 @@ def test_embedded_actions_roll_out_as_in_pymunk(monkeypatch: pytest.MonkeyPatch)
         )
         for action in made.action[:40].astype(np.float64):
             ENV.step(action)
-            step(state, contacts, *action)
+            sim_step(state, contacts, *action)
         errors.append(error(state))
     assert np.median(errors) < 1e-9
     assert np.mean(np.array(errors) < 1e-6) > 0.9  # the others touch a wall or start in an overlap
@@ -136,10 +136,10 @@ def test_embedded_actions_roll_out_as_in_pymunk(monkeypatch: pytest.MonkeyPatch)
 def test_rollout_is_repeated_steps_and_leaves_its_start() -> None:
     start = new_state(np.array((200.0, 200.0, 256.0, 240.0, 0.5)))
     before, actions = start.copy(), np.random.default_rng(0).uniform(200, 300, (15, 2))
-    states = rollout(start, actions)
+    states = simulate(start, actions)
     now, contacts = start.copy(), new_contacts()
     for state, action in zip(states, actions, strict=True):
-        step(now, contacts, *action)
+        sim_step(now, contacts, *action)
         np.testing.assert_array_equal(state, now)
     np.testing.assert_array_equal(start, before)
     assert not np.array_equal(states[-1, 2:5], start[2:5])

@@ -20,7 +20,7 @@ from pusht_act.envs import vector_env as module
 from pusht_act.envs.episode import VideoRequest
 from pusht_act.envs.vector_env import SubprocVectorEnv, SyncVectorEnv, VectorEnv, make_vector_envs
 from pusht_act.evaluation.evaluate import evaluate
-from pusht_act.evaluation.rollout import Rollout, env_spec, rollout
+from pusht_act.evaluation.rollout import Actor, Rollout, env_spec, rollout
 from pusht_act.job import Result
 from pusht_act.runtime.signals import STOPPING
 from tests.helpers.policies import policy_for
@@ -45,11 +45,11 @@ def three() -> Iterator[SubprocVectorEnv]:
 
 
 def rolled_out(
-    envs: VectorEnv, kind: str, seeds: list[int], recordings: Sequence[VideoRequest] = (), **options: Any
+    envs: VectorEnv, kind: str, seeds: list[int], videos: Sequence[VideoRequest] = (), **options: Any
 ) -> Rollout:
     env = PushtEnv(obs_type=kind, episode_length=15)
     policy, processors = policy_for(env, **options)
-    return rollout(policy, processors, envs, env_spec(env, policy.config), seeds=seeds, recordings=recordings)
+    return rollout(Actor(policy, processors), envs, env_spec(env, policy.config), seeds, videos)
 
 
 def assert_same_bits(a: Rollout, b: Rollout) -> None:
@@ -65,7 +65,7 @@ def test_the_number_of_workers_changes_no_bit(
 ) -> None:
     """Nor does what a worker did before: here a batch of another size, and other observations."""
 
-    def recordings(name: str) -> list[VideoRequest]:
+    def videos(name: str) -> list[VideoRequest]:
         (tmp_path / name).mkdir()
         return [VideoRequest(tmp_path / name / f"{i}.mp4", 10, tmp_path / name / f"{i}.png") for i in range(2)]
 
@@ -73,7 +73,7 @@ def test_the_number_of_workers_changes_no_bit(
         names = [f"{len(seeds)}-{workers}" for workers in ("here", "two", "three")]
         vector_envs: list[VectorEnv] = [SyncVectorEnv(), two, three]
         here, *others = (
-            rolled_out(envs, kind, seeds, recordings(name)) for envs, name in zip(vector_envs, names, strict=True)
+            rolled_out(envs, kind, seeds, videos(name)) for envs, name in zip(vector_envs, names, strict=True)
         )
         for other in others:
             assert_same_bits(here, other)
@@ -85,7 +85,7 @@ def test_the_number_of_workers_changes_no_bit(
 
 
 @pytest.mark.parametrize("target", ["/dev/full", "/nowhere/0.mp4"])
-def test_a_recording_that_cannot_be_written_is_an_error_and_the_workers_go_on(
+def test_a_video_that_cannot_be_written_is_an_error_and_the_workers_go_on(
     target: str, two: SubprocVectorEnv, tmp_path: Path
 ) -> None:
     (tmp_path / "0.mp4").symlink_to(target)
@@ -114,7 +114,7 @@ def test_batches_side_by_side_change_no_bit(
     policy, processors = policy_for(env, **options)
     config = EvalConfig(n_episodes=7, batch_size=2, start_seed=50, n_videos=3)
     one, both = (
-        evaluate(policy, processors, groups, env, config, directory=tmp_path / name)
+        evaluate(Actor(policy, processors), groups, env, config, directory=tmp_path / name)
         for name, groups in (("one", [SyncVectorEnv()]), ("both", [two, three]))
     )
     assert one.episodes == both.episodes
@@ -124,14 +124,14 @@ def test_batches_side_by_side_change_no_bit(
     assert len(both.video_paths) == 3
 
 
-def test_a_group_that_fails_breaks_the_other_off(two: SubprocVectorEnv) -> None:
+def test_a_group_that_fails_cancels_the_other(two: SubprocVectorEnv) -> None:
     env = PushtEnv(obs_type=KINDS[1], episode_length=100_000)
     policy, processors = policy_for(env)
     killed = SubprocVectorEnv(1)
     killed._processes[0].kill()
     config = EvalConfig(n_episodes=4, batch_size=2, start_seed=50, n_videos=0)
-    with pytest.raises(OSError, match="a process of the evaluation was killed"):
-        evaluate(policy, processors, [two, killed], env, config)
+    with pytest.raises(OSError, match="a worker process of the evaluation was killed"):
+        evaluate(Actor(policy, processors), [two, killed], env, config)
 
 
 def test_an_environment_forgets_the_episode_before() -> None:
@@ -159,7 +159,9 @@ def test_signals_are_not_for_workers_and_one_that_is_killed_is_an_error_of_one_l
             process.send_signal(number)
         assert len(rolled_out(workers, KINDS[1], [1, 2]).episodes) == 2, moment
     workers._processes[1].kill()
-    with pytest.raises(OSError, match=r"^a process of the evaluation was killed, .*a smaller eval.workers") as caught:
+    with pytest.raises(
+        OSError, match=r"^a worker process of the evaluation was killed, .*a smaller eval.workers"
+    ) as caught:
         rolled_out(workers, KINDS[1], [1, 2])
     assert "\n" not in str(caught.value)
     workers.close()

@@ -23,7 +23,7 @@ from pusht_act.config.schema import EvalConfig
 from pusht_act.envs.film_strip import film_strip
 from pusht_act.envs.vector_env import SyncVectorEnv
 from pusht_act.evaluation.evaluate import evaluate
-from pusht_act.evaluation.rollout import env_spec, rollout
+from pusht_act.evaluation.rollout import Actor, env_spec, rollout
 from pusht_act.evaluation.stats import wilson_interval
 from pusht_act.job import Result
 from tests.helpers.policies import policy_for
@@ -42,7 +42,7 @@ def test_rollouts_are_stock_lerobots(obs_type: str, options: dict[str, Any]) -> 
     identity = PolicyProcessorPipeline(steps=[])
     policy.eval()
     stock = stock_rollout(vector, policy, identity, identity, processors.pre, processors.post, seeds=seeds)
-    ours = rollout(policy, processors, SyncVectorEnv(), env_spec(env, policy.config), seeds=seeds)
+    ours = rollout(Actor(policy, processors), SyncVectorEnv(), env_spec(env, policy.config), seeds)
     assert np.array_equal(np.concatenate(ours.actions, axis=1)[:, :25], stock["action"].numpy())
     for i, episode in enumerate(ours.episodes):
         assert episode.steps == 25
@@ -54,12 +54,12 @@ def test_rollouts_are_stock_lerobots(obs_type: str, options: dict[str, Any]) -> 
 
 def test_success_ends_an_episode() -> None:
     """A policy that replays a demonstration solves its seed and stops there; its neighbour goes on."""
-    from pusht_act.demos import builtin as embedded
+    from pusht_act.demos import builtin
     from pusht_act.demos.replay import replay
 
     env = PushtEnv(obs_type="environment_state_agent_pos", episode_length=300)
     policy, processors = policy_for(env, chunk_size=300, n_action_steps=300)
-    demonstration = embedded.load(1)[0]
+    demonstration = builtin.load(1)[0]
     assert isinstance(demonstration.start, int)
     length = len(demonstration.action)
     solved_at = int(np.argmax(replay(demonstration.start, demonstration.action).success)) + 1  # it goes on to 0.97
@@ -77,8 +77,8 @@ def test_success_ends_an_episode() -> None:
 
         def reset(self) -> None: ...
 
-    task = env_spec(env, policy.config)
-    result = rollout(Replay(), processors, SyncVectorEnv(), task, seeds=[demonstration.start, 7])
+    actor, spec = Actor(Replay(), processors), env_spec(env, policy.config)
+    result = rollout(actor, SyncVectorEnv(), spec, [demonstration.start, 7])
     solved, other = result.episodes
     assert (solved.success, solved.steps, solved.max_reward) == (True, solved_at, 1.0)
     assert solved.coverage > 0.95
@@ -87,11 +87,11 @@ def test_success_ends_an_episode() -> None:
 
 def test_an_episodes_numbers_do_not_depend_on_how_many_are_asked_for() -> None:
     env = PushtEnv(obs_type="environment_state_agent_pos", episode_length=20)
-    policy, processors = policy_for(env)
+    actor = Actor(*policy_for(env))
     config = EvalConfig(n_episodes=5, batch_size=2, start_seed=50, n_videos=0)
-    five = evaluate(policy, processors, [SyncVectorEnv()], env, config).episodes
+    five = evaluate(actor, [SyncVectorEnv()], env, config).episodes
     config.n_episodes = 3
-    three = evaluate(policy, processors, [SyncVectorEnv()], env, config).episodes
+    three = evaluate(actor, [SyncVectorEnv()], env, config).episodes
     assert five[:3] == three
     assert [episode.seed for episode in five] == [50, 51, 52, 53, 54]
     assert [episode.episode_ix for episode in five] == [0, 1, 2, 3, 4]
@@ -162,7 +162,7 @@ def test_wilson_interval_of_a_textbook_case() -> None:
 
 def test_film_strip_spans_the_episode() -> None:
     frames = [np.full((32, 32, 3), t, np.uint8) for t in range(50)]
-    strip = np.asarray(film_strip(frames, True, 3, pictures=4, size=32))
+    strip = np.asarray(film_strip(frames, True, 3, images=4, size=32))
     assert [strip[5, 36 * i + 5, 0] for i in range(4)] == [0, 16, 33, 49]
-    assert film_strip(frames[:2], False, 3, pictures=8, size=32).width == 2 * 36 - 4
-    assert film_strip(frames, True, None, pictures=4, size=32).tobytes() != strip.tobytes()
+    assert film_strip(frames[:2], False, 3, images=8, size=32).width == 2 * 36 - 4
+    assert film_strip(frames, True, None, images=4, size=32).tobytes() != strip.tobytes()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pusht_act.evaluation.evaluate import Evaluation, evaluate
+from pusht_act.evaluation.evaluate import evaluate
+from pusht_act.evaluation.records import Evaluation
 from pusht_act.training import async_evaluation as evaluations
 from pusht_act.training import train_step as step_module
 from tests.helpers.training import metrics
@@ -46,15 +47,15 @@ class Late:
 
         return started
 
-    def evaluate(self, policy: Any, processors: Any, *arguments: Any, **options: Any) -> Evaluation:
-        self.processors = processors
+    def evaluate(self, actor: Any, *arguments: Any, **options: Any) -> Evaluation:
+        self.processors = actor.processors
         here = threading.current_thread()
         self.threads.append(here.name)
         if here is not threading.main_thread() and self.lag:
             self._open.wait(10)
         self.steps_meanwhile.append(self._step - self._asked)
         try:
-            evaluation = self._evaluate(policy, processors, *arguments, **options)
+            evaluation = self._evaluate(actor, *arguments, **options)
         finally:
             self._done.set()
         reward = REWARDS.get(self._asked, 0.0)

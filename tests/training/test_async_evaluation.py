@@ -9,7 +9,7 @@ import pytest
 
 import pusht_act
 from pusht_act.checkpoints import checkpoint_io as checkpoints
-from pusht_act.evaluation.evaluate import Evaluation
+from pusht_act.evaluation.records import Evaluation
 from pusht_act.job import Result
 from pusht_act.training import async_evaluation as evaluations
 from tests.helpers.evaluations import OPTIONS, Killed, Late, outcome
