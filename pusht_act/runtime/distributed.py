@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pusht_act.runtime import signals
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.launch import is_distributed_launch, set_visible_gpu
 from pusht_act.runtime.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def distributed_context(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
         StopSignal: the job was stopped by a signal.
         PeerLostError: another rank is gone.
     """
-    if _world.world_size > 1 or not _is_distributed_launch():
+    if _world.world_size > 1 or not is_distributed_launch():
         yield True
         return
     _init_process_group()
@@ -119,6 +120,8 @@ def distributed_context(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
 
 
 def _main_rank(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
+    # Only the errors that are reported in a line are announced: after any other exception nobody knows what state this
+    # process is in, and the others notice that it is gone.
     code: int | None = 0
     try:
         yield True
@@ -166,28 +169,11 @@ def _other_rank() -> Iterator[bool]:
         raise stopped from None
 
 
-def _is_distributed_launch() -> bool:
-    """Whether the environment is that of one of several processes; submitit's is made torchrun's."""
-    if "SUBMITIT_EXECUTOR" in os.environ and "WORLD_SIZE" not in os.environ:
-        import submitit
-
-        if submitit.JobEnvironment().num_tasks > 1:
-            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return False
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in needed if name not in os.environ]:
-        raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment, but no {', '.join(missing)}: launch several "
-            "processes by torchrun, or unset WORLD_SIZE"
-        )
-    return True
-
-
 def _init_process_group() -> None:
     import torch.distributed as dist
 
-    _set_visible_gpu(int(os.environ["LOCAL_RANK"]))
+    set_visible_gpu(int(os.environ["LOCAL_RANK"]))
+    # Two groups: gradients must not time out while rank 0 evaluates, and control messages must not wait for a GPU.
     try:
         dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
         control_group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
@@ -198,19 +184,6 @@ def _init_process_group() -> None:
             f"MASTER_ADDR:MASTER_PORT={at} ({_reason(error)}): see that all are started, and that the port is free"
         ) from error
     _world.rank, _world.world_size, _world.control_group = dist.get_rank(), dist.get_world_size(), control_group
-
-
-def _set_visible_gpu(local_rank: int) -> None:
-    """Of the machine's GPUs this process sees its own alone, as `cuda`: so does each of its threads.
-
-    Where a scheduler has seen to that already, nothing changes.
-    """
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible is not None else [str(each) for each in range(torch.cuda.device_count())]
-    if len(gpus) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank] if local_rank < len(gpus) else ""
 
 
 def _shutdown() -> None:
@@ -231,6 +204,7 @@ def agree(checkpoint: bool = False, end: bool = False) -> Agreement:
     """
     if _world.world_size == 1:
         return Agreement(signals.received_signal(), checkpoint, end)
+    # The largest number wins: a wish of one rank is a wish of all.
     number, wanted, ends = _exchange(checkpoint, end)
     return Agreement(number or None, bool(wanted), bool(ends))
 
@@ -245,6 +219,7 @@ def broadcast_from_main(value: Any = None) -> Any:
         return value
     import torch.distributed as dist
 
+    # The small message goes first: where rank 0 has failed instead, it carries its exit code.
     objects = [value]
     with signals.block_signals() if is_main() else nullcontext():  # half a message would leave the others waiting
         _exchange()
@@ -261,6 +236,7 @@ def _exchange(checkpoint: bool = False, end: bool = False, exit_code: int | None
     import torch
     import torch.distributed as dist
 
+    # 0 stands for none, so that the largest number is the one that says something.
     exits = 0 if exit_code is None else exit_code + 1
     message = torch.tensor([signals.received_signal() or 0, int(checkpoint), int(end), exits])
     with _peer_errors():
@@ -295,6 +271,7 @@ def raise_on_any_rank() -> Iterator[None]:
     if _world.world_size == 1:
         yield
         return
+    # Every rank takes part in the exchange below, whether it has failed or not: else the others would wait for it.
     failed: BaseException | None = None
     try:
         yield
@@ -332,6 +309,7 @@ def init_gradient_group(device: str) -> None:
     import torch
     import torch.distributed as dist
 
+    # Ranks on different kinds of devices have no backend in common.
     kinds = _all_gather_object(torch.device(device).type)
     if len(set(kinds)) > 1:
         has = ", ".join(f"rank {number} has {kind}" for number, kind in enumerate(kinds))
@@ -381,6 +359,7 @@ def all_reduce_sum(tensors: list["Tensor"]) -> None:
     import torch
     import torch.distributed as dist
 
+    # One flat tensor: a message for each of some hundred parameters would cost more than the sum.
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     with _peer_errors():
         dist.all_reduce(flat, group=_world.grad_group)
@@ -393,6 +372,7 @@ def _peer_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # The launcher is about to send SIGTERM for the same reason, which would hide it.
         signals.ignore_signals()
         raise PeerLostError(_reason(error)) from error
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop a job; the command then leaves with 128 + the signal's number.
+"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop a job; the command then exits with 128 + the signal's number.
 
     listening()         a signal raises `StopSignal` wherever the job is, ...
       pass_on()         ... but with workers, which are stopped first, ...
@@ -88,14 +88,17 @@ _stop = SignalState()
 
 def _handle(number: int, _frame: object) -> None:
     """Runs between any two bytecodes of the main thread, so it notes the signal and logs nothing."""
+    # SLURM announces a preemption by SIGTERM and kills later: a checkpoint is all that there is time for.
     if number == signal.SIGTERM and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         _stop.checkpoint_requested = True
         return
+    # The first signal counts. A second Ctrl-C means that the user does not want to wait for a checkpoint.
     again, _stop.received = _stop.stop_requested, _stop.received or number
     if again and number == signal.SIGINT:
         raise KeyboardInterrupt
     if again:
         return
+    # Worker processes that were started by multiprocessing end first, so that none outlives this process.
     workers = multiprocessing.active_children() if _stop.passes_on else []
     for worker in workers:
         worker.terminate()
@@ -112,10 +115,12 @@ def handle_signals() -> Iterator[None]:
     Raises:
         StopSignal: there was a signal.
     """
+    # Python runs handlers in the main thread alone, and only that thread may set them.
     if _stop.listening or threading.current_thread() is not threading.main_thread():
         yield
         return
     former = {number: signal.getsignal(number) for number in STOPPING}
+    # A shell ignores SIGINT for the jobs in its background: that stays so.
     ours = [number for number, handler in former.items() if handler not in (signal.SIG_IGN, None)]
     _stop.received, _stop.deferred, _stop.listening = None, False, True
     _stop.checkpoint_requested = _stop.passes_on = False
@@ -216,6 +221,8 @@ def block_signals() -> Iterator[None]:
         StopSignal: there was one.
     """
     with _deferred():  # without asking at first: process 0 says farewell to the others after a signal, too
+        # A child inherits the mask, not the handlers. Blocking alone would not protect this process: another of its
+        # threads could take the signal, and Python runs the handler in the main thread either way.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             yield
@@ -249,6 +256,7 @@ def wait_interruptible(*futures: Future[Any]) -> None:
     if threading.current_thread() is not threading.main_thread():
         wait(futures, return_when=FIRST_EXCEPTION)
         return
+    # Wait in short stretches, each with signals deferred, and let one through in between.
     ended = False
     while not ended:
         with defer_signals():

@@ -55,6 +55,7 @@ def async_evaluator(
 ) -> Iterator["AsyncEvaluator"]:
     """Open a run's evaluator; interrupt what is still under way at the end."""
     needed = is_main() and (config.eval_freq > 0 or state.pending is not None)
+    # The environments' worker processes start here, while training begins.
     with make_vector_envs(config.eval, needed) as envs, ThreadPoolExecutor(1, "evaluation") as thread:
         # LeRobot's pipelines keep the batch at hand in themselves: training and the thread need one each.
         processors = copy.deepcopy(components.processors)
@@ -92,6 +93,7 @@ class AsyncEvaluator:
 
         Unless a signal interrupts that wait: then the run stops, and its next start evaluates both.
         """
+        # One at a time: a second copy of the policy and of the environments would take their memory twice.
         self.poll(wait=True)
         if self.state.pending is not None:
             return
@@ -142,6 +144,7 @@ class AsyncEvaluator:
         if self._runs_beside_training(step):
             self._future = self.thread.submit(self._evaluate, step, policy, None)
             return
+        # In training's own thread, where a signal can interrupt it at once.
         self._future = Future()
         with suppress(StopSignal), interruptible():
             self._future.set_result(self._evaluate(step, policy, f"evaluating {step}"))

@@ -60,6 +60,7 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
     extensions.metadata()  # a function without a name is refused before anything is decoded
     if start is not None:
         extensions.check_same(start)
+    # The features follow from the data set, and a checkpoint must have been trained on the same ones.
     frames = open_dataset(config, lerobot)
     train_episodes, eval_episodes = split_episodes(frames, lerobot.dataset.episodes, lerobot.dataset.eval_split)
     inputs, outputs = policy_features(frames)
@@ -79,6 +80,7 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
         policy = make_policy(lerobot.policy)
         stats = normalization_stats(frames, lerobot.dataset.use_imagenet_stats)
         components = build_components(config, lerobot, policy, make_processors(lerobot.policy, stats))
+    # The optimizer is loaded in place, then the random streams, the last to be touched.
     if start is None:
         seed_training_noise(config.seed, rank())
         state = TrainerState()

@@ -52,9 +52,10 @@ class Extensions:
         Raises:
             UserError: naming both.
         """
+        # A file of stock LeRobot's or an older version of ours knows of no such functions: the defaults.
         try:
             saved = json.loads((checkpoint.model_dir / METADATA_FILE).read_text())
-        except FileNotFoundError:  # stock LeRobot's
+        except FileNotFoundError:
             saved = {}
         now = self.metadata()
         for key in ("loss", "transforms"):
@@ -67,7 +68,8 @@ class Extensions:
 
 def _name(function: Callable[..., Any]) -> str:
     """Return where `function` is defined, or the class and settings of an object that is called."""
-    if not hasattr(function, "__qualname__"):  # such as a torch.nn.Module, whose repr has its settings
+    # An object that is called, such as a torch.nn.Module, has its settings in its repr.
+    if not hasattr(function, "__qualname__"):
         return f"{type(function).__module__}.{' '.join(repr(function).split())}"
     if "<lambda>" in function.__qualname__:
         raise UserError(f"{function}: a lambda has no name to be recognized by on resume, write it as a function")

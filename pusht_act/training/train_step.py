@@ -73,6 +73,7 @@ def train_step(components: TrainComponents, batch: Batch, options: StepOptions) 
         loss, its parts, the gradient's norm before clipping, and skipped: 1.0 where loss or norm is not finite, else
         0.0; as tensors on the device: reading one waits for it.
     """
+    # On several ranks each loss is a share of the batch's, so gradients and losses are summed, not averaged.
     policy, optimizer = components.policy.train(), components.optimizer
     batch, counts = _with_global_counts(batch)
     with options.phase("forward"), autocast(policy, options.precision), options.dropout():
@@ -145,6 +146,7 @@ class TrainStep:
 
     def __call__(self, batch: Batch) -> Losses:
         """Take a step, and the schedule's; a replayed graph's next step writes over what this one returns."""
+        # A graph reads the learning rate from memory: the schedule's present rate goes there before the replay.
         if self._graphs is not None:
             for rate, group in zip(self._rates, self._components.optimizer.param_groups, strict=True):
                 rate.fill_(group["lr"])
@@ -163,6 +165,7 @@ class TrainStep:
         return normalized
 
     def _plain_update(self, batch: Batch) -> Losses:
+        # An epoch's last batch is short. It is neither compiled nor captured, which would be done for its size alone.
         is_full = len(batch["action_is_pad"]) == self._rows
         return train_step(self._components, batch, self._full_batch_options if is_full else self._options)
 

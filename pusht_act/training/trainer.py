@@ -96,6 +96,7 @@ class Trainer:
             StopSignal: by a signal, at the end of a step, which is saved.
         """
         self.run, self.metadata, self.report = run, metadata | self.extensions.metadata(), report
+        # A roll-back makes policy and optimizer anew, so all that holds on to them is opened again.
         keep_freed_memory()
         with self._open_loggers():
             while True:
@@ -166,6 +167,7 @@ class Trainer:
 
     def log_validation_loss(self) -> None:
         """Log the mean loss over the held-out frames."""
+        # Deterministic in eval mode, so one rank does it for all.
         if is_main():
             loss = validation_loss(
                 self.components, self.loader, self.held_out, self.config.batch_size, self.options.loss
@@ -183,6 +185,7 @@ class Trainer:
         if not is_main():
             return
         with self.profiler.phase("eval"):
+            # An evaluation that is due waits for the one before, whose result may also prune the run.
             is_due = self.evaluator.is_due(self.step)
             self.evaluator.poll(wait=is_due or self.is_last_step)
             if is_due and not self.is_pruned:
@@ -190,11 +193,13 @@ class Trainer:
 
     def wants_checkpoint(self) -> bool:
         """Return whether this rank asks for a checkpoint of this step."""
+        # SLURM may ask for a checkpoint without stopping the job.
         signalled = self.signals.pop_checkpoint_request()
         return signalled or self.checkpoints.is_wanted(self.step)
 
     def save(self, batch: Batch | None = None) -> None:
         """Save a checkpoint of this step, if it is finite."""
+        # Only a save right after a resume has no batch, and nothing has changed since it was checked.
         if batch is not None:
             self.guard.check_skipped(self.step, self.metrics)
             self.guard.check_finite(self.step, batch)
@@ -229,10 +234,12 @@ class Trainer:
             DivergedError: there is none, or train.max_rollbacks is reached.
         """
         number = self.state.rollbacks + 1
+        # Rank 0 chooses; if it finds none, its exit ends the others where they wait for the broadcast.
         target = rollback_target(self.config, self.run, self.start, error, number) if is_main() else None
         checkpoint: Checkpoint = broadcast_from_main(target)
         self.components = load_components(self.config, self.lerobot, checkpoint.model_dir)
         self.state = restore_state(self.config, self.lerobot, checkpoint, self.components, self.sampler)
+        # The number is part of the data order's seed: the batches that broke training come in another order.
         self.state.rollbacks, self.state.skipped = number, 0
         self.sampler.load_state_dict(self.sampler.state_dict(), number)
         self.start, self.pending_model = checkpoint, find_pending(checkpoint, self.state, self.config.steps)
@@ -257,6 +264,7 @@ class Trainer:
         """Log the evaluation of `step`, report it, and let it compete for `best`."""
         self._log("eval", evaluation.metrics, step)
         log.info("step %d: %s", step, evaluation)
+        # The study is told first: what it answers concerns the next step, not this result.
         self._pruned = self.report is not None and self.report(step, evaluation.metrics)
         self.checkpoints.update_best(step, list(evaluation.score))
 

@@ -22,7 +22,7 @@ from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.data.loader import BatchLoader
 from pusht_act.job import Result
 from pusht_act.policy.act import act_loss, make_policy, make_processors, valid_counts
-from pusht_act.runtime import distributed, signals
+from pusht_act.runtime import distributed, launch, signals
 from tests.helpers.commands import Commands, appears
 from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.evaluations import outcome
@@ -84,8 +84,8 @@ def test_torchruns_processes_come_to_what_one_does(tiny: Tiny, tmp_path: Path) -
     options = [*WITHOUT_NOISE, "batch_size=94", "steps=10", "save_freq=4", "+optimizer.eps=1e-4"]
     one, two = tiny(*options).output_dir, tmp_path / "two"
     job = ["mode=resume", f"resume.path={one}/checkpoints/000004", "steps=10", f"output_dir={two}"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pusht_act.main"]
-    done = subprocess.run([sys.executable, *launch, *job], capture_output=True, text=True, check=False)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pusht_act.main"]
+    done = subprocess.run([sys.executable, *torchrun, *job], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("ranks: 2, the checkpoint's were 1") == 1
     expected = [line for line in metrics(one) if line["step"] > 4]
@@ -234,26 +234,26 @@ def test_submitits_tasks_are_processes_of_one_job(monkeypatch: pytest.MonkeyPatc
     for name in names:
         monkeypatch.setenv(name, "")  # to be put back in the end
         monkeypatch.delenv(name)
-    assert not distributed._is_distributed_launch()
+    assert not launch.is_distributed_launch()
     task = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "1", "LOCAL_LOCALID": "0", "LOCAL_GLOBALID": "0"}
     for name, value in task.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
-    assert not distributed._is_distributed_launch()
+    assert not launch.is_distributed_launch()
     for name, value in {"NTASKS": "4", "JOB_NUM_NODES": "2", "LOCALID": "1", "GLOBALID": "3"}.items():
         monkeypatch.setenv(f"SUBMITIT_LOCAL_{name}", value)
-    assert distributed._is_distributed_launch()
+    assert launch.is_distributed_launch()
     assert [os.environ[name] for name in names[:5]] == ["3", "4", "1", "2", socket.gethostname()]
     monkeypatch.delenv("RANK")
     with pytest.raises(ValueError, match="WORLD_SIZE=4 in the environment, but no RANK: .*torchrun, or unset"):
-        distributed._is_distributed_launch()
+        launch.is_distributed_launch()
 
 
 @pytest.mark.parametrize(("local_rank", "sees"), [(0, "4"), (1, "GPU-5"), (2, "")])
 def test_a_process_sees_its_own_gpu_alone(local_rank: int, sees: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
-    distributed._set_visible_gpu(local_rank)
+    launch.set_visible_gpu(local_rank)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
-    distributed._set_visible_gpu(local_rank)
+    launch.set_visible_gpu(local_rank)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == sees
 
 
