@@ -165,7 +165,7 @@ def resumed_at(printed: str) -> int | None:
     """The step that a command went on from; None when it was killed before it had told."""
     if "is finished" in printed:
         return STEPS
-    if found := re.search(r"going on from \S*/(\d+)$", printed, flags=re.MULTILINE):
+    if found := re.search(r"resuming from \S*/(\d+)$", printed, flags=re.MULTILINE):
         return int(found[1])
     return 0 if "run directory" in printed and "step " in printed else None
 

@@ -113,6 +113,7 @@ def run_job(
     Raises:
         UserError, OSError: the user's to mend; nothing was written.
     """
+    # What can be refused is refused before torch and lerobot are imported, which takes seconds.
     check_overrides(cfg, overrides)
     if not cfg.print_lerobot_command:
         check_processes(cfg.mode, cfg.train.profile, world_size())
@@ -212,7 +213,8 @@ def _resolve_training(
 
 
 def _resolve_checkpoint(name: str, key: str) -> Checkpoint:
-    """The checkpoint that option `key` names: a path, or else a model on the Hub."""
+    """Return the checkpoint that option `key` names: a path, or else a model on the Hub."""
+    # USER/NAME could be a relative path, too: what exists here comes first.
     looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if Path(name).exists() or not looks_like_hub:
         checkpoint = find_checkpoint(name, key)
@@ -230,6 +232,7 @@ def _train(job: ResolvedJob) -> Result:
     overrides, choices, report = job.overrides, job.choices, job.report
     if job.auto_resumes and start is not None and _is_finished(start, config):
         return _finished_result(job, start)
+    # A run that goes on in its own folder may write there; any other needs a folder that is not in use.
     check_share(config.batch_size, world_size())
     _check_can_push(config)
     branches_off = start is None or start.run_dir != run.path.resolve()
@@ -238,6 +241,7 @@ def _train(job: ResolvedJob) -> Result:
     if branches_off:
         ensure_unused(run.path, config.overwrite)
 
+    # From here on the other ranks take part (see run_worker).
     broadcast_from_main((config, start))
     trainer = _build_trainer(config, start, job.extensions)
     metadata: dict[str, Any] = {"config": to_dict(config), "choices": choices}
@@ -248,16 +252,18 @@ def _train(job: ResolvedJob) -> Result:
     write_provenance(run, to_dict(config), overrides)
     with log_file(run):
         if start is not None:
-            log.info("going on from %s", start.directory)
+            log.info("resuming from %s", start.directory)
         try:
             training = trainer.fit(run, metadata, report)
         except StopSignal as stopped:
             _print_how_to_resume(stopped, job)
             raise
         except PeerLostError as lost:
+            # Said here, so that train.log has it, too.
             lost.reported = True
-            log.error("%s", lost)  # train.log has it, too
+            log.error("%s", lost)
             raise
+    # A run that the pruner ended is not what anybody wants on the Hub.
     evaluation = training.evaluation
     if training.checkpoint is not None and not training.pruned:
         _push(job, training.checkpoint, evaluation.metrics if evaluation else {})
@@ -281,7 +287,7 @@ def _finished_result(job: ResolvedJob, checkpoint: Checkpoint) -> Result:
     """Return the result of the run that ended with `checkpoint`."""
     run = job.run
     finish_cleanup(run, job.config, checkpoint)
-    log.info("%s is finished: step %d; more steps= would go on", run.path, checkpoint.step)
+    log.info("%s is finished: step %d; give more steps= to continue", run.path, checkpoint.step)
     return Result(run.path, checkpoint.step, run.metrics_of(checkpoint.step), checkpoint.directory)
 
 
@@ -292,13 +298,14 @@ def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
     if stopped.checkpoint is None:
         log.warning("%s, no checkpoint was written", stopped)
         return
+    # mode=resume leaves W&B off unless it is told otherwise.
     wandb = ["wandb.enable=true"] if config.wandb.enable else []
     again = ["mode=resume", f"output_dir={run.path}", f"steps={config.steps}", *wandb]
     if _is_finished(Checkpoint(stopped.checkpoint / "pretrained_model"), config):
         log.warning("%s, the last: the run is finished, in %s", stopped, stopped.checkpoint)
     else:
         command = command_line(overrides if config.resume.auto else again)
-        log.warning("%s, saved %s; to go on: %s", stopped, stopped.checkpoint, command)
+        log.warning("%s, saved %s; to resume: %s", stopped, stopped.checkpoint, command)
 
 
 def _print_next_steps(job: ResolvedJob, film_strip: Path | None) -> None:
@@ -310,7 +317,8 @@ def _print_next_steps(job: ResolvedJob, film_strip: Path | None) -> None:
         log.info("to look at: %s and the videos beside it", film_strip)
     if config.save_checkpoint:
         log.info("final evaluation: pusht-act mode=eval checkpoint=%s", run.path)
-        if config.scheduler:  # its rate has come to an end
+        # A schedule ends with its run: a longer one has to be trained from the start.
+        if config.scheduler:
             again = [o for o in overrides if not o.startswith(("steps=", "job_name="))]
             longer = [*again, f"steps={2 * config.steps}", f"job_name={config.job_name}_longer"]
             log.info("to train twice as long: %s", command_line(longer))
@@ -341,6 +349,7 @@ def _evaluate(job: ResolvedJob) -> Result:
 
     config, checkpoint = job.config, job.start
     assert checkpoint is not None
+    # A model that was copied without its training state tells no step.
     step = checkpoint.step if checkpoint.training_dir.is_dir() else 0
     directory = job.run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
     # The environments' processes start while torch is imported here.

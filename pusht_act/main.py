@@ -97,7 +97,8 @@ def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "
     extensions = Extensions(loss, transforms)
     with distributed_context(USER_ERRORS) as is_main:
         return _run(overrides, extensions) if is_main else run_worker(extensions)
-    return Result(Path())  # rank 0 had nothing to train
+    # On another rank, where rank 0 had nothing to train.
+    return Result(Path())
 
 
 def _run(overrides: list[str], extensions: Extensions) -> Result:

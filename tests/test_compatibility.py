@@ -204,7 +204,7 @@ def test_a_run_stopped_in_its_middle_goes_on_to_the_same_end(
     assert (state["step"], state["pending"]) == (4, 4), "its evaluation was under way"
     code, printed = command("mode=resume", f"output_dir={run}", "steps=8")
     assert code == 0, printed
-    assert f"going on from {run}/checkpoints/000004" in printed
+    assert f"resuming from {run}/checkpoints/000004" in printed
     recorded = json.loads((FIXTURES / "mid_resumed.json").read_text())
     assert_same_outcome(run, recorded, recorded.pop("machine"))
     assert len((run / "runs.jsonl").read_text().splitlines()) == 2
@@ -254,7 +254,7 @@ def test_a_sweep_that_was_killed_goes_on_to_the_same_end(command: Run, copy: Cal
     code, printed = command("-m", f"sweep.resume={sweep}")
     assert code == 0, printed
     assert "job 0 is done already" in printed
-    assert f"going on from {sweep}/1/checkpoints/000002" in printed
+    assert f"resuming from {sweep}/1/checkpoints/000002" in printed
     recorded = json.loads((FIXTURES / "sweep_whole.json").read_text())
     assert_same_outcome(sweep / "1", recorded["jobs"]["1"], recorded["machine"])
     assert {path: path.read_bytes() for path in (sweep / "0").rglob("*") if path.is_file()} == first

@@ -86,13 +86,9 @@ TYPE_WANTED = {
 """The remedy, by a part of OmegaConf's objection to a value."""
 
 
-def is_hydras(error: ValueError) -> bool:
-    """Return whether a plain ValueError is Hydra's objection to what the user gave."""
-    return any(re.search(pattern, str(error)) for pattern in HYDRA_SAYS)
-
-
 def explain(error: Exception, config_dir: str) -> str:
-    """`error` as one line."""
+    """Return `error` as one line."""
+    # Hydra and OmegaConf raise one class for many causes, so their words have to tell.
     text = str(error)
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: give KEY=VALUE, a value of special characters in quotes"
@@ -115,6 +111,7 @@ def _unknown_key(key: str, config_dir: str) -> str:
         return f"{key} is unknown: did you mean {HINTS[key]}?"
     if key.startswith("hydra.sweeper."):
         return f"{key} is unknown: hydra/sweeper=optuna has options, see conf/hydra/sweeper/optuna.yaml"
+    # Composing takes half a second, which only somebody who mistyped a key waits for.
     known = _known_keys(config_dir)
     section, _, leaf = key.rpartition(".")
     if section in LEROBOT_SECTIONS:
@@ -122,6 +119,7 @@ def _unknown_key(key: str, config_dir: str) -> str:
         near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.85) or [k for k in known if k == leaf]
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{key} is not in conf/: {hint}+{key}=VALUE reaches LeRobot's other fields"
+    # The same name in another section is nearer than a similar one.
     near = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     return f"{key} is unknown: " + (f"did you mean {near[0]}?" if near else "--cfg job shows the keys there are")
 
@@ -136,6 +134,7 @@ def _wrong_value(given: str, key: str, objection: str) -> str:
 def _unknown_option(group: str, option: str, text: str) -> str:
     if (removed := REMOVED.get(f"{group}={option}")) is not None:
         return removed
+    # Hydra lists the choices, each on a line of its own after a tab.
     available = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
     near = difflib.get_close_matches(option, available, n=1)
     hint = f"did you mean {group}={near[0]}? " if near else ""

@@ -243,7 +243,8 @@ def _decode(name: str, cls: Any, section: dict[str, Any]) -> Any:
         return draccus.decode(cls, section)
     except (DraccusException, NotImplementedError) as error:
         target = cls
-        if inspect.isabstract(cls):  # one of several, by its `type`
+        # One of several, by its `type`.
+        if inspect.isabstract(cls):
             choices = cls.get_known_choices()
             kind = section.get("type")
             if kind not in choices:

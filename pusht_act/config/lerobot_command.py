@@ -1,4 +1,4 @@
-"""The stock LeRobot command line that does what a job of ours does."""
+"""Print the stock LeRobot command line that does what a job of ours does."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ RESTORED = ("policy.optimizer_lr", "policy.optimizer_lr_backbone", "policy.optim
 
 
 def lerobot_command(config: Config, model_dir: Path | None = None) -> str:
-    """The `lerobot-train` or `lerobot-eval` command for `config`, one flag a line, ready to paste.
+    """Return the `lerobot-train` or `lerobot-eval` command for `config`, one flag a line, ready to paste.
 
     `model_dir` is that of the checkpoint which mode=resume or mode=eval found. LeRobot has one seed for training and
     evaluation, no episode seeds of its own: lerobot-eval gets eval.start_seed as --seed, and stock training evaluates
@@ -36,6 +36,7 @@ def lerobot_command(config: Config, model_dir: Path | None = None) -> str:
             program, flags = "lerobot-train", _train_flags(config) | _optimizer_flags(config)
         case Mode.demos:
             raise UserError("print_lerobot_command=true: LeRobot makes no demonstrations of PushT, leave it out")
+    # Quoted for a shell; a backslash at each line's end makes it one command.
     words = [f"--{key}={_text(value)}" for key, value in flags.items()]
     return " \\\n  ".join([program, *map(shlex.quote, words)])
 
@@ -56,6 +57,7 @@ def _train_flags(config: Config) -> dict[str, Any]:
         raise UserError(
             "train.precision=bf16 has no equivalent: lerobot-train evaluates as it trains; give policy.use_amp=true"
         )
+    # Named one by one: what stock LeRobot does not know must not reach its command line.
     wandb = config.wandb
     return {
         **_section("dataset", {"video_backend": "pyav", **_given(config.dataset)}),
@@ -84,7 +86,8 @@ def _optimizer_flags(config: Config) -> dict[str, Any]:
         return {}
     from pusht_act.config.lerobot import decode  # takes seconds, but the defaults are LeRobot's
 
-    here = dataclasses.replace(config, policy={**config.policy, "device": "cpu"})  # the command may be for elsewhere
+    # The command may be for elsewhere.
+    here = dataclasses.replace(config, policy={**config.policy, "device": "cpu"})
     constant = {"type": "constant_with_warmup", "num_warmup_steps": 0}
     return {
         "use_policy_training_preset": False,
@@ -100,6 +103,7 @@ def _resume_flags(config: Config, model_dir: Path) -> dict[str, Any]:
     sections = {"optimizer": config.optimizer, "scheduler": config.scheduler}
     wanted = _train_flags(config) | {f"{name}.{k}": v for name in sections for k, v in sections[name].items()}
     changed = _changed(wanted, saved)
+    # Stock LeRobot restores these with the optimizer's state and ignores the flag: a command that lies is refused.
     for key, value in changed.items():
         if key in RESTORED or (key.startswith(("optimizer.", "scheduler.")) and key != "optimizer.grad_clip_norm"):
             raise UserError(
@@ -111,6 +115,7 @@ def _resume_flags(config: Config, model_dir: Path) -> dict[str, Any]:
 
 def _eval_flags(config: Config, model_dir: Path) -> dict[str, Any]:
     saved = {"policy": json.loads((model_dir / "config.json").read_text())}
+    # A name that is no path here is a model on the Hub, which stock LeRobot fetches by itself.
     on_hub = not Path(str(config.checkpoint)).exists()
     return {
         "policy.path": config.checkpoint if on_hub else model_dir,
@@ -151,6 +156,7 @@ def _text(value: Any) -> str:
         return str(value)
     if not isinstance(value, str):
         return json.dumps(value)
+    # A text such as "1e3" or "null" would be read as something else.
     try:
         return value if yaml.safe_load(value) == value else _quoted(value)
     except yaml.YAMLError:

@@ -77,6 +77,7 @@ def find_options(schema: type, prefix: str = "", modes: tuple[Enum, ...] | None 
 
     A field that names no modes has those of its section, which are `modes`.
     """
+    # Rules are inherited downwards: a section's modes hold for its fields, unless a field names its own.
     for each in fields(schema):
         rules = _rules(each)
         rules = replace(rules, modes=modes) if rules.modes is None else rules

@@ -26,6 +26,7 @@ def refuse_tokens(key: str, value: Any) -> None:
     Raises:
         UserError: naming the key, without the value.
     """
+    # A key may hold a token, too: somebody pastes it before the equals sign.
     if isinstance(value, dict):
         for name, inner in value.items():
             refuse_tokens(f"{key}.{name}" if key else str(name), inner)
@@ -41,7 +42,8 @@ def refuse_tokens(key: str, value: Any) -> None:
 
 
 def _token(text: str) -> str | None:
-    """What kind of token is in `text`."""
+    """Return what kind of token is in `text`."""
+    # The user's own secrets first: they are certain, where a pattern can only guess.
     for name, value in os.environ.items():
         if len(value) >= SHORTEST and SECRET_NAMES.search(name) and value in text:
             return f"the value of {name}"

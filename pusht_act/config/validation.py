@@ -118,6 +118,7 @@ def check_share(batch_size: int, processes: int) -> None:
     Raises:
         UserError: that is no whole number.
     """
+    # Unequal shares would make each step as slow as its largest one.
     if batch_size % processes:
         more = -(-batch_size // processes) * processes
         raise UserError(
@@ -133,6 +134,7 @@ def _check(config: Config) -> None:
     _check_training(config)
     _check_precision(config)
     _check_dataset(config)
+    # A chunk has no more actions than it predicts.
     chunk, replan = config.policy.get("chunk_size"), config.policy.get("n_action_steps")
     if chunk is not None and replan is not None and replan > chunk:
         raise UserError(
@@ -150,6 +152,7 @@ def _check(config: Config) -> None:
 
 def _check_values(config: Config) -> None:
     """Check each option on its own."""
+    # One loop over all rules: bounds and choices are declared beside the fields, in schema.py.
     plain = to_dict(config)
     for key in OPTIONS:
         section, _, name = key.rpartition(".")
@@ -175,6 +178,7 @@ def check_target(mode: Mode, checkpoint: str | None, directory: str | None) -> N
 
 def _check_training(config: Config) -> None:
     """Refuse what contradicts the way in which a run starts."""
+    # A checkpoint's features are its own; a new run's are those of the data set.
     if config.mode in TRAIN_MODES and (given := {"input_features", "output_features"} & {*config.policy}):
         key = min(given)
         raise UserError(f"policy.{key}={config.policy[key]}: features are taken from the data set, leave it out")
@@ -193,6 +197,7 @@ def _check_dataset(config: Config) -> None:
     dataset = config.dataset
     if not isinstance(dataset.get("repo_id"), str):
         raise UserError(f"dataset.repo_id={dataset.get('repo_id')} is no name: give one such as lerobot/pusht")
+    # They are a file of the package: there is no folder to read and no revision.
     if dataset["repo_id"] == EMBEDDED_REPO_ID:
         for key in ("root", "revision"):
             if dataset.get(key):
@@ -205,6 +210,7 @@ def _check_dataset(config: Config) -> None:
         raise UserError(
             f"dataset.episodes={episodes} is no list of different numbers: give one such as [0,1,2], or leave it out"
         )
+    # Without held-out episodes the validation loss would be that of nothing.
     if config.eval_steps and not dataset.get("eval_split"):
         raise UserError(f"eval_steps={config.eval_steps} needs held-out episodes: give dataset.eval_split=0.1, say")
     if config.mode is not Mode.demos and config.demos.n_episodes > MAX_DEMOS:

@@ -161,7 +161,8 @@ def _other_rank() -> Iterator[bool]:
         import torch.distributed as dist
 
         with suppress(RuntimeError):
-            dist.barrier()  # fails as soon as rank 0 has left
+            # Fails as soon as rank 0 has left.
+            dist.barrier()
         if exited.code < 128:
             raise SystemExit(exited.code) from None
         stopped = StopSignal(exited.code - 128)
@@ -221,7 +222,8 @@ def broadcast_from_main(value: Any = None) -> Any:
 
     # The small message goes first: where rank 0 has failed instead, it carries its exit code.
     objects = [value]
-    with signals.block_signals() if is_main() else nullcontext():  # half a message would leave the others waiting
+    # Half a message would leave the others waiting.
+    with signals.block_signals() if is_main() else nullcontext():
         _exchange()
         with _peer_errors():
             dist.broadcast_object_list(objects, src=0, group=_world.control_group)

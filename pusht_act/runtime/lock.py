@@ -164,7 +164,8 @@ class Lock:
 
     def _beat(self) -> None:
         while not self._released.wait(HEARTBEAT_S):
-            with suppress(OSError):  # the disk may come back
+            # The disk may come back.
+            with suppress(OSError):
                 os.utime(self._path)
 
 

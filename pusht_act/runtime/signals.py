@@ -179,6 +179,7 @@ def defer_signals() -> Iterator[SignalState]:
     Raises:
         StopSignal: there was one before, or nobody acted upon it; not within another `defer_signals`.
     """
+    # Only the outermost block acts: an inner one must not break what the outer one protects.
     if not _stop.deferred:
         _stop.raise_if_stopped()
     with _deferred():
@@ -220,7 +221,8 @@ def block_signals() -> Iterator[None]:
     Raises:
         StopSignal: there was one.
     """
-    with _deferred():  # without asking at first: process 0 says farewell to the others after a signal, too
+    # Not `defer_signals`, which would raise at once: rank 0 announces its exit to the others after a signal, too.
+    with _deferred():
         # A child inherits the mask, not the handlers. Blocking alone would not protect this process: another of its
         # threads could take the signal, and Python runs the handler in the main thread either way.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)

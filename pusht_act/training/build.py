@@ -57,7 +57,8 @@ def build_trainer(
 
 
 def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, extensions: Extensions) -> Trainer:
-    extensions.metadata()  # a function without a name is refused before anything is decoded
+    # A function without a name is refused before anything is decoded.
+    extensions.metadata()
     if start is not None:
         extensions.check_same(start)
     # The features follow from the data set, and a checkpoint must have been trained on the same ones.

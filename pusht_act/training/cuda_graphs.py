@@ -1,4 +1,4 @@
-"""CUDA graphs: what a function launches on the device, recorded once and replayed by a single launch."""
+"""CUDA graphs: capture what a function launches on the device once, and replay it by a single launch."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -102,6 +102,7 @@ class CudaGraphCallable:
         """What `function` returns."""
         if self._failed or len(next(iter(inputs.values()))) != self._rows:
             return self._function(inputs)
+        # What is launched the first times is not what will be replayed: libraries still choose their algorithms.
         if self._warm_up:
             self._warm_up -= 1
             return self._recorder.warm_up(lambda: self._function(inputs))
@@ -116,6 +117,7 @@ class CudaGraphCallable:
                 self._failed, self._inputs = True, {}
                 self._undo()
                 return self._function(inputs)
+        # A replay reads the memory that the recording read.
         for key, tensor in inputs.items():
             if isinstance(tensor, Tensor) and tensor is not self._inputs[key]:
                 self._inputs[key].copy_(tensor, non_blocking=True)
@@ -152,8 +154,9 @@ def cudnn_benchmark() -> Iterator[None]:
 
     Evaluations then choose by rule, so that mode=eval repeats their numbers.
     """
-    torch.backends.cudnn.benchmark = True
+    # A captured graph keeps the algorithms that were chosen while it was captured.
+    former, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = former

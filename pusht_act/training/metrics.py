@@ -15,6 +15,7 @@ class MetricAccumulator:
 
     def add(self, values: dict[str, Tensor | float], skipped: Tensor) -> None:
         """One step's values; they do not count where `skipped` is 1.0."""
+        # No value is read here: reading one waits for the device.
         for key, value in {**values, "steps": 1.0}.items():
             self._sums[key] = self._sums.get(key, 0.0) + torch.where(skipped.bool(), 0.0, value)
         self._sums["skipped"] = self._sums.get("skipped", 0.0) + skipped

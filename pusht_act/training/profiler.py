@@ -46,7 +46,8 @@ class StepProfiler:
         self._on_cuda = device.startswith("cuda")
         self._steps = 0
         self._ms, self._rare_ms = dict.fromkeys(PHASES, 0.0), dict.fromkeys(RARE, 0.0)
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it calls a machine without a GPU an error
+        # It calls a machine without a GPU an error.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
         self._profiler = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_cuda else [])],
             schedule=schedule(wait=PROFILED_STEPS - WARMUP - RECORDED, warmup=WARMUP, active=RECORDED, repeat=1),

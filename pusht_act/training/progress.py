@@ -31,6 +31,7 @@ class ProgressBar:
 
     def update(self, seconds: float) -> None:
         """Count one more step, which took `seconds`; evaluations and saves are not steps."""
+        # Only the steps themselves count, so that the rate says how fast training is.
         self._bar.update()
         self._count += 1
         self._seconds += seconds

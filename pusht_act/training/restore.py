@@ -84,6 +84,7 @@ def rollback_target(
     Raises:
         DivergedError: there is none, or this would be once more than train.max_rollbacks.
     """
+    # A later checkpoint than the step that broke would be of a run that went another way.
     limit = config.train.max_rollbacks
     checkpoint = latest_valid(run, error.step)[0] or start
     remedy = "lower policy.optimizer_lr, or see whether the data set has values that are not numbers"

@@ -111,7 +111,8 @@ class Trainer:
         steps = range(self.state.step + 1, self.config.steps + 1)
         for self.step in steps:
             batch = self.next_batch()
-            losses = self.train_step(batch)  # forward, backward, all-reduce, clip, AdamW, schedule
+            # Forward, backward, all-reduce, clip, AdamW, schedule.
+            losses = self.train_step(batch)
             self.update_metrics(losses)
 
             # Nothing that is not finite is logged, evaluated or saved.

@@ -134,7 +134,7 @@ def test_a_broken_link_is_mended_by_the_next_save(link: str | None, run: Path, c
     assert pusht_act.run(["mode=resume", f"output_dir={run}", "steps=5"]).step == 5
     assert f"{last} " in caplog.text
     assert "missing; resuming from step 4 instead" in caplog.text
-    assert f"going on from {run}/checkpoints/000004" in (run / "train.log").read_text()
+    assert f"resuming from {run}/checkpoints/000004" in (run / "train.log").read_text()
     assert last.resolve().name == "000005"
 
 

@@ -64,7 +64,7 @@ def test_it_goes_on_to_the_same_bits_and_to_more_steps(
     shutil.rmtree(copy / "checkpoints/000004")
     shutil.rmtree(copy / "eval", ignore_errors=True)
     assert again(copy, "checkpoints.keep_last=2", "log_freq=1", "eval.workers=1").step == 4
-    assert f"going on from {copy}/checkpoints/000002" in caplog.text
+    assert f"resuming from {copy}/checkpoints/000002" in caplog.text
     assert_same_bits(finished, copy)
     assert metrics(copy) == metrics(finished)
     assert again(copy, "steps=6").step == 6
@@ -81,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished: Path, copy: Path, caplog:
 def test_a_finished_run_is_left_as_it_is(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copy.rglob("*") if path.is_file()}
     result = again(copy)
-    assert f"{copy} is finished: step 4; more steps= would go on" in caplog.text
+    assert f"{copy} is finished: step 4; give more steps= to continue" in caplog.text
     assert (result.step, result.checkpoint) == (4, copy / "checkpoints/000004")
     assert result.metrics["loss"] == metrics(copy)[-1]["train/loss"]
     assert again(copy, "steps=3").step == 4
@@ -171,4 +171,4 @@ def test_the_line_of_a_stopped_run_names_the_same_command(tmp_path: Path, comman
     appears(output, "step 2/")
     os.kill(pid, 15)
     assert commands.wait(pid) == 143
-    assert output.read_text().splitlines()[-1].endswith(f"to go on: pusht-act {' '.join(words)}")
+    assert output.read_text().splitlines()[-1].endswith(f"to resume: pusht-act {' '.join(words)}")

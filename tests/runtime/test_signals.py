@@ -93,10 +93,10 @@ def test_training_stops_saved_at_the_end_of_a_step_and_goes_on_to_the_same_bits(
         assert code == 128 + number
         line = printed.splitlines()[-1]
         step = state(run)["step"]
-        assert f"stopped by {number.name} after step {step}, saved {run}/checkpoints/{step:06d}; to go on:" in line
+        assert f"stopped by {number.name} after step {step}, saved {run}/checkpoints/{step:06d}; to resume:" in line
         assert step > at, "the step under way was finished"
         assert line.split("WARNING ")[1] in (run / "train.log").read_text()
-        at, command = step, line.partition("to go on: pusht-act ")[2].split()
+        at, command = step, line.partition("to resume: pusht-act ")[2].split()
         assert command == ["mode=resume", f"output_dir={run}", "steps=16"]
     pusht_act.run(command)
     assert_same_bits(whole, run)

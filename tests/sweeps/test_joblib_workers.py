@@ -131,7 +131,7 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
     assert states(printed) == [["0", "failed", "2"], ["1", "failed", "2"], ["2", "done", "2"], ["3", "done", "2"]]
     # A loaded machine may let one come to its last step before it is stopped.
     unfinished = sum(step < 800 for step in saved)
-    assert len(re.findall(r"job [23]: going on from \S+/checkpoints/000\d{3}", printed)) == unfinished, (saved, printed)
+    assert len(re.findall(r"job [23]: resuming from \S+/checkpoints/000\d{3}", printed)) == unfinished, (saved, printed)
     assert "pusht-act: 2 of 4 jobs are not done (job 0: policy.dim_model=32 is not a multiple" in printed
     assert [job.step for job in load_jobs(folder)] == [None, None, 800, 800]
 

@@ -81,7 +81,7 @@ def test_a_sweep_that_was_killed_comes_to_the_same_trials(commands: Commands, tm
     assert commands.run(["-m", f"sweep.resume={cut}"], output) == 0, output.read_text()
     assert said in output.read_text()
     assert [ran(cut / str(job)) for job in range(6)] == [1, 1, 1, 2, 1, 1]
-    assert re.search(r"going on from \S+/3/checkpoints/0000\d\d", output.read_text())
+    assert re.search(r"resuming from \S+/3/checkpoints/0000\d\d", output.read_text())
     assert done(cut) == done(whole)
     assert told(cut) == told(whole)
     chosen = [each.overrides[-1] for each in load_jobs(whole)]

@@ -137,7 +137,7 @@ def test_a_sweep_that_was_cut_short_comes_to_the_same_bits(
     assert commands.run(["-m", f"sweep.resume={cut}"], output) == 0, output.read_text()
     assert states(output.read_text()) == [["0", "done", "1"], ["1", "done", "2"], ["2", "done", "1"]]
     assert [ran(cut / job) for job in "012"] == [1, 2, 1]
-    assert re.search(r"going on from \S+/1/checkpoints/0000\d\d", output.read_text())
+    assert re.search(r"resuming from \S+/1/checkpoints/0000\d\d", output.read_text())
     for job in "012":
         assert_same_bits(whole / job, cut / job)
         assert outcome(whole / job) == outcome(cut / job)
