@@ -22,7 +22,8 @@ from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.data.loader import BatchLoader
 from pusht_act.job import Result
 from pusht_act.policy.act import act_loss, make_policy, make_processors, valid_counts
-from pusht_act.runtime import distributed, launch, signals
+from pusht_act.runtime import distributed, launch
+from pusht_act.runtime.signals import StopSignal, signals
 from tests.helpers.commands import Commands, appears
 from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.evaluations import outcome
@@ -259,7 +260,7 @@ def test_a_process_sees_its_own_gpu_alone(local_rank: int, sees: str, monkeypatc
 
 def test_a_signal_that_comes_after_the_loss_of_another_process_changes_nothing() -> None:
     def loses(number: int) -> None:
-        with signals.handle_signals():
+        with signals.handle():
             try:
                 with distributed._peer_errors():
                     raise RuntimeError("[pair.cc:1] Connection closed")
@@ -270,7 +271,7 @@ def test_a_signal_that_comes_after_the_loss_of_another_process_changes_nothing()
     try:
         with pytest.raises(distributed.PeerLostError, match="Connection closed"):
             loses(signal.SIGTERM)
-        with pytest.raises(signals.StopSignal), signals.handle_signals():
+        with pytest.raises(StopSignal), signals.handle():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, former)
