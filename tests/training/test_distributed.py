@@ -180,7 +180,7 @@ def test_all_go_back_when_a_loss_in_one_is_not_finite(
         (["batch_size=3"], {}, "pusht-act: batch_size=3 .* cannot be shared by 2 .* such as batch_size=4"),
         (["mode=demos"], {}, "pusht-act: mode=demos is for one process"),
         (["train.profile=true", "steps=30"], {}, "pusht-act: train.profile=true is for one process"),
-        (["-m", "seed=1,2"], {}, "pusht-act: -m begins jobs from one process.* hydra.launcher.tasks_per_node=2"),
+        (["-m", "seed=1,2"], {}, "pusht-act: -m starts jobs from one process.* hydra.launcher.tasks_per_node=2"),
         # In one process alone.
         ([], {"PUSHT_ACT_CACHE": "/dev/null/none"}, "pusht-act: rank 1 of 2: .*/dev/null/none"),
     ],
@@ -189,7 +189,8 @@ def test_all_go_back_when_a_loss_in_one_is_not_finite(
 def test_what_cannot_be_is_said_once_and_ends_all(
     given: list[str], second: dict[str, str], message: str, tmp_path: Path, commands: Commands
 ) -> None:
-    command = tiny_command(*given, f"output_dir={tmp_path / 'run'}")
+    options = given if given == ["mode=demos"] else tiny_command(*given)
+    command = [*options, f"output_dir={tmp_path / 'run'}"]
     codes, printed = Job(commands, tmp_path, *command, second=second).ended()
     assert codes == [1, 1], printed
     (line,) = [line for line in printed[0].splitlines() if " INFO " not in line]
