@@ -37,7 +37,7 @@ from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 from pusht_act.runtime.distributed import PeerLostError, broadcast_from_main, raise_on_any_rank, world_size
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import Lock, locked
-from pusht_act.runtime.signals import StopSignal, handle_signals
+from pusht_act.runtime.signals import StopSignal, signals
 
 if TYPE_CHECKING:
     from pusht_act.training.extensions import Extensions
@@ -140,7 +140,7 @@ def run_worker(extensions: "Extensions | None" = None) -> Result:
     # Rank 0 logs for all; a launcher may have configured logging already.
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(message)s")
     logging.getLogger().setLevel(logging.ERROR)
-    with handle_signals():
+    with signals.handle():
         config, start = broadcast_from_main()
         run = RunDir(Path(config.output_dir))
         training = _build_trainer(config, start, extensions).fit(run, {})

@@ -35,7 +35,7 @@ from pusht_act.config.validation import to_config
 from pusht_act.job import Result, run_job, run_worker
 from pusht_act.runtime.distributed import PeerLostError, distributed_context, world_size
 from pusht_act.runtime.errors import UserError
-from pusht_act.runtime.signals import StopSignal, handle_signals, handling_signals
+from pusht_act.runtime.signals import StopSignal, signals
 from pusht_act.sweeps.joblib_workers import stopping
 from pusht_act.sweeps.pruning import reporter
 from pusht_act.sweeps.report import sweep_summary
@@ -72,7 +72,7 @@ def _task(cfg: DictConfig) -> Any:
         _exit(error)
     except (StopSignal, PeerLostError) as stopped:
         # In the process of `main` the signal ends a sweep, too.
-        if handling_signals():
+        if signals.is_active:
             raise
         # A launcher's process leaves it to the launcher what to do about the signal, such as to requeue the job.
         if isinstance(stopped, StopSignal):
@@ -121,7 +121,7 @@ def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = N
         # A job of a sweep has a folder of its own.
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
         cfg.output_dir = hydra_node.runtime.output_dir
-    with handle_signals():
+    with signals.handle():
         if cfg.mode is Mode.status:
             return _show_status(cfg, overrides)
         return run_job(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node), extensions)
@@ -142,7 +142,7 @@ def main() -> None:
         print(f"pusht-act {pusht_act.__version__} (Python {platform.python_version()})")
         return
     try:
-        with handle_signals(), distributed_context(USER_ERRORS) as leads:
+        with signals.handle(), distributed_context(USER_ERRORS) as leads:
             if leads:
                 _lead()
             else:

@@ -166,7 +166,7 @@ def test_help(command: Run) -> None:
         assert old in then
         then = then.replace(old, new)
     assert code == 0
-    assert without_program(printed).splitlines() == then.splitlines()
+    assert without_program(printed).rstrip().splitlines() == then.rstrip().splitlines()
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from pusht_act.config.lerobot import DatasetConfig
 from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, load_or_build
 from pusht_act.data.lerobot import find_dataset
 from pusht_act.runtime.errors import UserError
-from pusht_act.runtime.signals import submit_uninterrupted, wait_interruptible
+from pusht_act.runtime.signals import signals
 from pusht_act.runtime.system import cores
 
 log = logging.getLogger(__name__)
@@ -188,11 +188,10 @@ def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.nd
     ):
         try:
             jobs = [
-                submit_uninterrupted(pool, _decode_part, path, part, 0.5 / info["fps"], out, stop)
-                for path, part in parts
+                signals.submit(pool, _decode_part, path, part, 0.5 / info["fps"], out, stop) for path, part in parts
             ]
             for job in jobs:
-                wait_interruptible(job)
+                signals.wait(job)
                 progress.update(job.result())
         finally:
             # When one part has failed, or a signal came, the others need not finish.

@@ -29,7 +29,7 @@ from pusht_act.envs.pusht import Start
 from pusht_act.runtime.atomic import shared_file
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.process_pool import RETRY_HINT, result, worker_processes
-from pusht_act.runtime.signals import submit_uninterrupted
+from pusht_act.runtime.signals import signals
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _planners(folder: Path, options: PlannerOptions, workers: int) -> Iterator[S
         return (
             partial(_load_or_plan, folder, options, start)
             if _path(folder, start).exists()
-            else partial(result, submit_uninterrupted(pool, _load_or_plan, folder, options, start))
+            else partial(result, signals.submit(pool, _load_or_plan, folder, options, start))
         )
 
     with worker_processes(workers, f"what was planned is kept, {RETRY_HINT} demos.workers") as pool:

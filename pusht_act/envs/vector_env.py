@@ -22,7 +22,7 @@ from pusht_act.config.schema import EvalConfig
 from pusht_act.envs.coverage import coverage_of_poses
 from pusht_act.envs.episode import EnvSpec, StepResult, VideoRequest
 from pusht_act.envs.gym_env import ChunkedEnv
-from pusht_act.runtime.signals import block_signals
+from pusht_act.runtime.signals import signals
 from pusht_act.runtime.system import cores
 
 # A worker takes a second to start, in which one process finishes 20 episodes.
@@ -122,7 +122,7 @@ class SubprocVectorEnv:
             code = f"from pusht_act.envs.vector_env import run_worker; run_worker({theirs.fileno()})"
             command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]
             # The worker inherits the blocked signals: Ctrl-C and SIGTERM are for this process alone.
-            with block_signals():
+            with signals.block():
                 self._processes.append(
                     subprocess.Popen(
                         command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

@@ -20,7 +20,7 @@ from pusht_act.envs.vector_env import VectorEnv
 from pusht_act.evaluation.records import Evaluation, video_requests, write_records
 from pusht_act.evaluation.rollout import Actor, Rollout, env_spec, rollout
 from pusht_act.runtime.atomic import new_dir
-from pusht_act.runtime.signals import submit_uninterrupted, wait_interruptible
+from pusht_act.runtime.signals import signals
 
 
 def evaluate(
@@ -105,8 +105,8 @@ def _run_batches(
                 # In this thread, where a signal interrupts it at once.
                 rollouts = [run_batch(first) for first in firsts]
             else:
-                futures = [submit_uninterrupted(threads, run_batch, first) for first in firsts]
-                wait_interruptible(*futures)
+                futures = [signals.submit(threads, run_batch, first) for first in firsts]
+                signals.wait(*futures)
                 rollouts = [future.result() for future in futures if future.done()]
         except BaseException:
             # Batches that run stop at their next step; those that have not started are dropped.

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pusht_act.runtime import signals
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.launch import is_distributed_launch, set_visible_gpu
-from pusht_act.runtime.signals import StopSignal
+from pusht_act.runtime.signals import StopSignal, signals
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,7 +130,7 @@ def _main_rank(errors: tuple[type[Exception], ...]) -> Iterator[bool]:
     finally:
         if code is not None:
             # Whoever raises a signal's exception has been told of it already.
-            with suppress(PeerLostError, StopSignal), signals.block_signals():
+            with suppress(PeerLostError, StopSignal), signals.block():
                 _exchange(exit_code=code)
         if code == 0:
             _shutdown()
@@ -204,7 +203,7 @@ def agree(checkpoint: bool = False, end: bool = False) -> Agreement:
         PeerLostError: another rank is gone.
     """
     if _world.world_size == 1:
-        return Agreement(signals.received_signal(), checkpoint, end)
+        return Agreement(signals.received, checkpoint, end)
     # The largest number wins: a wish of one rank is a wish of all.
     number, wanted, ends = _exchange(checkpoint, end)
     return Agreement(number or None, bool(wanted), bool(ends))
@@ -223,7 +222,7 @@ def broadcast_from_main(value: Any = None) -> Any:
     # The small message goes first: where rank 0 has failed instead, it carries its exit code.
     objects = [value]
     # Half a message would leave the others waiting.
-    with signals.block_signals() if is_main() else nullcontext():
+    with signals.block() if is_main() else nullcontext():
         _exchange()
         with _peer_errors():
             dist.broadcast_object_list(objects, src=0, group=_world.control_group)
@@ -240,14 +239,14 @@ def _exchange(checkpoint: bool = False, end: bool = False, exit_code: int | None
 
     # 0 stands for none, so that the largest number is the one that says something.
     exits = 0 if exit_code is None else exit_code + 1
-    message = torch.tensor([signals.received_signal() or 0, int(checkpoint), int(end), exits])
+    message = torch.tensor([signals.received or 0, int(checkpoint), int(end), exits])
     with _peer_errors():
         dist.all_reduce(message, dist.ReduceOp.MAX, group=_world.control_group)
     number, wanted, ends, exited = message.tolist()
     if exited and not is_main():
         raise _MainExited(exited - 1)
     if number:
-        signals.record_peer_signal(number)
+        signals.record_peer(number)
     return number, wanted, ends
 
 
@@ -294,7 +293,7 @@ def _all_gather_object(value: Any) -> list[Any]:
     import torch.distributed as dist
 
     values: list[Any] = [None] * _world.world_size
-    with signals.block_signals(), _peer_errors():
+    with signals.block(), _peer_errors():
         dist.all_gather_object(values, value, group=_world.control_group)
     return values
 
@@ -375,7 +374,7 @@ def _peer_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # The launcher is about to send SIGTERM for the same reason, which would hide it.
-        signals.ignore_signals()
+        signals.ignore()
         raise PeerLostError(_reason(error)) from error
 
 

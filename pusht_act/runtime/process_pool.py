@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from pusht_act.runtime.signals import block_signals, submit_uninterrupted, wait_interruptible
+from pusht_act.runtime.signals import signals
 
 RETRY_HINT = "give the same command again, if it happens again with a smaller"
 PREFETCH_ITEMS = 2
@@ -23,7 +23,7 @@ PREFETCH_ITEMS = 2
 def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
     """Yield a pool of `count` processes, which end with the block. If the block raises, they are killed.
 
-    Submit work with `submit_uninterrupted` and wait for it with `result`, so that a signal leaves no lock behind.
+    Submit work with `signals.submit` and wait for it with `result`, so that a signal leaves no lock behind.
 
     Args:
         count: The number of workers.
@@ -37,8 +37,8 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
     pool: ProcessPoolExecutor | None = None
     try:
         # A signal in the middle of this would leave a half-started process behind. The first submission starts the
-        # pool's thread and its first worker; `submit_uninterrupted` blocks signals for the others.
-        with block_signals():
+        # pool's thread and its first worker; `signals.submit` blocks signals for the others.
+        with signals.block():
             pool = ProcessPoolExecutor(count, context, _tie_to_parent)
             pool.submit(int)
         yield pool
@@ -66,7 +66,7 @@ def result[T](future: Future[T]) -> T:
     Raises:
         StopSignal: the process got a signal meanwhile.
     """
-    wait_interruptible(future)
+    signals.wait(future)
     return future.result()
 
 
@@ -88,7 +88,7 @@ def imap[T, U](work: Callable[[T], U], items: Iterable[T], workers: int, remedy:
     with worker_processes(workers, remedy) as pool:
         pending: deque[Future[U]] = deque()
         for item in items:
-            pending.append(submit_uninterrupted(pool, work, item))
+            pending.append(signals.submit(pool, work, item))
             if len(pending) > PREFETCH_ITEMS * workers:
                 yield result(pending.popleft())
         while pending:

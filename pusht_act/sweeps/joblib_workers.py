@@ -21,7 +21,7 @@ from types import FrameType
 
 from omegaconf import DictConfig, read_write
 
-from pusht_act.runtime.signals import STOPPING, forward_to_children
+from pusht_act.runtime.signals import STOPPING, signals
 from pusht_act.runtime.system import JOBS, cores
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def partition_resources(launcher: DictConfig, jobs: int) -> None:
     if at_once > 1:
         os.environ.setdefault(THREADS, str(max(1, cores() // at_once)))
         os.environ[JOBS] = str(at_once)
-        forward_to_children()
+        signals.forward_to_children()
 
 
 class _Worker:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pusht_act.runtime.errors import UserError
-from pusht_act.runtime.signals import raise_if_stopped
+from pusht_act.runtime.signals import signals
 from pusht_act.sweeps.callback import observe_launch
 from pusht_act.sweeps.slurm import explain_submit_error, wait_for_array
 from pusht_act.sweeps.state import FINISHED, Job, load_jobs, read_direction
@@ -27,14 +27,14 @@ def sweep_summary() -> Iterator[None]:
         try:
             yield
             # A signal was forwarded to the jobs, which have stopped by now.
-            raise_if_stopped()
+            signals.raise_if_stopped()
         except FileExistsError:
             # Another process is running this sweep, and will print the table.
             shows = False
             raise
         except RuntimeError as error:
             # Raised by submitit or joblib for a job whose process was killed. The table shows which.
-            raise_if_stopped()
+            signals.raise_if_stopped()
             broken = error
             if launched.hydra_node is not None:
                 wait_for_array(launched.hydra_node)

@@ -31,7 +31,7 @@ from pusht_act.evaluation.rollout import Actor
 from pusht_act.policy.act import Processors
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import is_main
-from pusht_act.runtime.signals import StopSignal, interruptible, wait_interruptible
+from pusht_act.runtime.signals import StopSignal, signals
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +126,8 @@ class AsyncEvaluator:
         if self._future is None or step is None:
             return
         if wait:
-            with suppress(StopSignal), interruptible():
-                wait_interruptible(self._future)
+            with suppress(StopSignal), signals.interruptible():
+                signals.wait(self._future)
         if not self._future.done():
             return
         self.latest = evaluation = self._future.result()
@@ -146,7 +146,7 @@ class AsyncEvaluator:
             return
         # In training's own thread, where a signal can interrupt it at once.
         self._future = Future()
-        with suppress(StopSignal), interruptible():
+        with suppress(StopSignal), signals.interruptible():
             self._future.set_result(self._evaluate(step, policy, f"evaluating {step}"))
         self.poll()
 

@@ -26,7 +26,7 @@ from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import agree, broadcast_from_main, is_main, world_size
 from pusht_act.runtime.malloc import keep_freed_memory
-from pusht_act.runtime.signals import SignalState, defer_signals
+from pusht_act.runtime.signals import signals
 from pusht_act.training.async_evaluation import AsyncEvaluator, async_evaluator, find_pending, is_due
 from pusht_act.training.checkpoint_manager import CheckpointManager, checkpoint_manager
 from pusht_act.training.extensions import Extensions
@@ -195,7 +195,7 @@ class Trainer:
     def wants_checkpoint(self) -> bool:
         """Return whether this rank asks for a checkpoint of this step."""
         # SLURM may ask for a checkpoint without stopping the job.
-        signalled = self.signals.pop_checkpoint_request()
+        signalled = signals.pop_checkpoint_request()
         return signalled or self.checkpoints.is_wanted(self.step)
 
     def save(self, batch: Batch | None = None) -> None:
@@ -215,7 +215,7 @@ class Trainer:
         self.checkpoints.wait()
         latest = self.checkpoints.latest
         if early:
-            self.signals.raise_if_stopped(self.step, latest.directory if latest else None)
+            signals.raise_if_stopped(self.step, latest.directory if latest else None)
         return TrainResult(self.step, self.means, latest, self.evaluator.latest, pruned=early)
 
     def resume_interrupted_evaluation(self) -> None:
@@ -303,7 +303,7 @@ class Trainer:
                 checkpoint_manager(self.config, self.lerobot, self.run, self.components, self.state, self.metadata)
             )
             self.inputs = enter(closing(self.loader.iter_batches(self.sampler, self.config.batch_size)))
-            self.signals: SignalState = enter(defer_signals())
+            enter(signals.defer())
             self.guard = NanGuard(self.config.train, self.components, self.state, self.options.loss)
             self.train_step = TrainStep(
                 self.components,

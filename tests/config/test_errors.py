@@ -183,7 +183,7 @@ REFUSED = [
     *(
         (f"mode=eval checkpoint=x {given}", f"{given} is for training (", "not for mode=eval: leave it out")
         for given in (
-            *("seed=3", "steps=5", "batch_size=4", "log_freq=1", "save_checkpoint=True", "eval.background=False"),
+            *("steps=5", "batch_size=4", "log_freq=1", "save_checkpoint=True", "eval.background=False"),
             *("wandb.enable=True", "dataset.root=/data", "policy.optimizer_lr=0.1", "policy.push_to_hub=True"),
         )
     ),

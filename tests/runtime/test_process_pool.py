@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 import pytest
 
 from pusht_act.runtime.process_pool import PREFETCH_ITEMS, imap, worker_processes
-from pusht_act.runtime.signals import submit_uninterrupted
+from pusht_act.runtime.signals import signals
 
 
 def doubled(number: int) -> int:
@@ -60,7 +60,7 @@ def test_a_block_that_raises_does_not_wait_for_its_workers() -> None:
     assert sys.version_info[:2] == (3, 12)
     with suppress(ValueError), worker_processes(2, "") as pool:
         for _ in range(4):
-            submit_uninterrupted(pool, time.sleep, 600)
+            signals.submit(pool, time.sleep, 600)
         assert len(multiprocessing.active_children()) == 2
         began = time.monotonic()
         raise ValueError

@@ -22,17 +22,7 @@ import pusht_act
 from pusht_act import main
 from pusht_act.job import Result
 from pusht_act.runtime.process_pool import imap
-from pusht_act.runtime.signals import (
-    STOPPING,
-    StopSignal,
-    block_signals,
-    defer_signals,
-    handle_signals,
-    handling_signals,
-    interruptible,
-    submit_uninterrupted,
-    wait_interruptible,
-)
+from pusht_act.runtime.signals import STOPPING, StopSignal, signals
 from tests.helpers.commands import Commands, appears
 from tests.helpers.evaluations import outcome
 from tests.helpers.runs import tiny_command
@@ -245,7 +235,7 @@ def test_in_a_slurm_job_sigterm_saves_and_training_goes_on(
 
 
 def _steps(number: int) -> None:
-    with handle_signals(), defer_signals() as stop:
+    with signals.handle(), signals.defer() as stop:
         for step in range(9):
             if step == 2:
                 signal.raise_signal(number)
@@ -254,17 +244,17 @@ def _steps(number: int) -> None:
 
 
 def _broken_off(number: int) -> None:
-    with handle_signals(), defer_signals() as stop:
-        with suppress(StopSignal), interruptible():
+    with signals.handle(), signals.defer() as stop:
+        with suppress(StopSignal), signals.interruptible():
             signal.raise_signal(number)
             pytest.fail("it went on")
         stop.raise_if_stopped(7)
 
 
 def _not_begun(number: int) -> None:
-    with handle_signals(), defer_signals():
+    with signals.handle(), signals.defer():
         signal.raise_signal(number)
-        with interruptible():
+        with signals.interruptible():
             pytest.fail("it began")
 
 
@@ -276,8 +266,8 @@ def test_the_beginning_of_processes_is_not_broken_off(number: signal.Signals) ->
     thread.start()
     begun = False
     try:
-        with suppress(StopSignal), handle_signals():
-            with block_signals():
+        with suppress(StopSignal), signals.handle():
+            with signals.block():
                 os.kill(os.getpid(), number)
                 time.sleep(0.05)
                 begun = True
@@ -293,7 +283,7 @@ def test_the_beginning_of_processes_is_not_broken_off(number: signal.Signals) ->
 def test_when_a_signal_is_heard(number: signal.Signals) -> None:
     former = signal.signal(number, signal.default_int_handler)
     try:
-        with pytest.raises(StopSignal) as caught, handle_signals():
+        with pytest.raises(StopSignal) as caught, signals.handle():
             signal.raise_signal(number)
         assert caught.value.code == 128 + number
         assert not isinstance(caught.value, Exception)
@@ -302,7 +292,7 @@ def test_when_a_signal_is_heard(number: signal.Signals) -> None:
                 job(number)
             assert caught.value.step == step
         assert signal.getsignal(number) is signal.default_int_handler
-        assert not handling_signals()
+        assert not signals.is_active
     finally:
         signal.signal(number, former)
 
@@ -313,14 +303,14 @@ def test_one_that_a_destructor_swallows_is_not_lost() -> None:
         def __del__(self) -> None:
             signal.raise_signal(signal.SIGTERM)
 
-    with pytest.raises(StopSignal), handle_signals():
+    with pytest.raises(StopSignal), signals.handle():
         Swallows()
 
 
 def test_what_was_ignored_stays_so_and_another_thread_hears_nothing() -> None:
     former = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
-        with handle_signals():
+        with signals.handle():
             signal.raise_signal(signal.SIGUSR1)
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     finally:
@@ -329,7 +319,7 @@ def test_what_was_ignored_stays_so_and_another_thread_hears_nothing() -> None:
     seen: list[Any] = []
 
     def elsewhere() -> None:
-        with handle_signals():
+        with signals.handle():
             seen.extend(signal.getsignal(number) for number in STOPPING)
 
     thread = threading.Thread(target=elsewhere)
@@ -366,8 +356,8 @@ def by_processes() -> None:
 
 def by_threads() -> None:
     with ThreadPoolExecutor(2) as threads:
-        futures = [submit_uninterrupted(threads, abs, number) for number in range(-3, 0)]
-        wait_interruptible(*futures)
+        futures = [signals.submit(threads, abs, number) for number in range(-3, 0)]
+        signals.wait(*futures)
         assert [future.result() for future in futures] == [3, 2, 1]
 
 
@@ -378,7 +368,7 @@ def test_a_signal_leaves_no_lock_behind(work: Callable[[], None]) -> None:
     try:
         while sent:
             nth += 1
-            with suppress(StopSignal), handle_signals(), signal_when_a_lock_is_taken(nth) as times:
+            with suppress(StopSignal), signals.handle(), signal_when_a_lock_is_taken(nth) as times:
                 work()
             sent = len(times) >= nth
     finally:

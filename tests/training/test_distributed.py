@@ -22,7 +22,8 @@ from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.data.loader import BatchLoader
 from pusht_act.job import Result
 from pusht_act.policy.act import act_loss, make_policy, make_processors, valid_counts
-from pusht_act.runtime import distributed, launch, signals
+from pusht_act.runtime import distributed, launch
+from pusht_act.runtime.signals import StopSignal, signals
 from tests.helpers.commands import Commands, appears
 from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.evaluations import outcome
@@ -179,7 +180,7 @@ def test_all_go_back_when_a_loss_in_one_is_not_finite(
         (["batch_size=3"], {}, "pusht-act: batch_size=3 .* cannot be shared by 2 .* such as batch_size=4"),
         (["mode=demos"], {}, "pusht-act: mode=demos is for one process"),
         (["train.profile=true", "steps=30"], {}, "pusht-act: train.profile=true is for one process"),
-        (["-m", "seed=1,2"], {}, "pusht-act: -m begins jobs from one process.* hydra.launcher.tasks_per_node=2"),
+        (["-m", "seed=1,2"], {}, "pusht-act: -m starts jobs from one process.* hydra.launcher.tasks_per_node=2"),
         # In one process alone.
         ([], {"PUSHT_ACT_CACHE": "/dev/null/none"}, "pusht-act: rank 1 of 2: .*/dev/null/none"),
     ],
@@ -188,7 +189,8 @@ def test_all_go_back_when_a_loss_in_one_is_not_finite(
 def test_what_cannot_be_is_said_once_and_ends_all(
     given: list[str], second: dict[str, str], message: str, tmp_path: Path, commands: Commands
 ) -> None:
-    command = tiny_command(*given, f"output_dir={tmp_path / 'run'}")
+    options = given if given == ["mode=demos"] else tiny_command(*given)
+    command = [*options, f"output_dir={tmp_path / 'run'}"]
     codes, printed = Job(commands, tmp_path, *command, second=second).ended()
     assert codes == [1, 1], printed
     (line,) = [line for line in printed[0].splitlines() if " INFO " not in line]
@@ -259,7 +261,7 @@ def test_a_process_sees_its_own_gpu_alone(local_rank: int, sees: str, monkeypatc
 
 def test_a_signal_that_comes_after_the_loss_of_another_process_changes_nothing() -> None:
     def loses(number: int) -> None:
-        with signals.handle_signals():
+        with signals.handle():
             try:
                 with distributed._peer_errors():
                     raise RuntimeError("[pair.cc:1] Connection closed")
@@ -270,7 +272,7 @@ def test_a_signal_that_comes_after_the_loss_of_another_process_changes_nothing()
     try:
         with pytest.raises(distributed.PeerLostError, match="Connection closed"):
             loses(signal.SIGTERM)
-        with pytest.raises(signals.StopSignal), signals.handle_signals():
+        with pytest.raises(StopSignal), signals.handle():
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, former)
