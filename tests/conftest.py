@@ -83,10 +83,10 @@ def human() -> Path:
 
 
 def _write_dataset(root: Path, image: bool) -> Path:
-    """Three short episodes of embedded demonstrations, written by LeRobot itself."""
+    """Three short episodes of built-in demonstrations, written by LeRobot itself."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from pusht_act.demos import builtin as embedded
+    from pusht_act.demos import builtin
     from pusht_act.demos.features import FEATURES
     from pusht_act.demos.replay import replay
 
@@ -95,7 +95,7 @@ def _write_dataset(root: Path, image: bool) -> Path:
     if image:
         features[seen]["dtype"] = "video"
     dataset = LeRobotDataset.create("local/tiny", fps=10, features=features, root=root, use_videos=image)
-    for demonstration, length in zip(embedded.load(3), (23, 31, 17), strict=True):
+    for demonstration, length in zip(builtin.load(3), (23, 31, 17), strict=True):
         episode = replay(demonstration.start, demonstration.action[:length], image=image)
         for t in range(length):
             picture = episode.image[t] if episode.image is not None else episode.environment_state[t]

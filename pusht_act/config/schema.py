@@ -50,24 +50,24 @@ PROFILED_STEPS = 25
 
 @dataclass
 class ResumeConfig:
-    """Where training goes on from."""
+    """What training resumes from."""
 
     path: str | None = option(None, modes=(Mode.resume,))
     """mode=resume: a checkpoint, `.../checkpoints/005000`, its `pretrained_model` or a run directory; null: `last` of
     output_dir."""
     auto: bool = option(modes=TRAIN_MODES, instead="mode=resume always continues")
-    """mode=test and mode=full: go on from the newest sound checkpoint in output_dir when that is of the same
-    configuration, start afresh when there is none; so the same command can be given until it is done."""
+    """mode=test and mode=full: resume from the latest valid checkpoint in output_dir if it is of the same
+    configuration, and start afresh if there is none. The same command can then be given until the run is done."""
 
 
 @dataclass
 class SweepConfig:
-    """Going on with a sweep (`-m`); its jobs and what they came to are in its folder (see sweep.py)."""
+    """Resuming a sweep (`-m`). Its folder holds its jobs and their results (see sweeps/state.py)."""
 
     resume: str | None = None
-    """The folder of a sweep, hydra.sweep.dir: it goes on with the overrides that it was begun with."""
+    """The folder of a sweep, hydra.sweep.dir, to resume with the overrides that it was started with."""
     max_tries: int = option(ge=1)
-    """How often a job may fail; each time that the sweep is gone on with it is tried again."""
+    """How often a job may fail. Each resume of the sweep tries it again."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ class ClusterConfig:
     """Sweeps on SLURM; the group `cluster` sets hydra.launcher's values."""
 
     dry_run: bool = MISSING
-    """With -m: print the script that SLURM would be given, and stop."""
+    """With -m: print the script that would be submitted to SLURM, and stop."""
 
 
 class Metric(Enum):
@@ -105,7 +105,7 @@ class SamplerConfig:
     """Optuna's TPE."""
 
     seed: int = MISSING
-    """A trial's values follow from this, its number and the trials that had ended when its batch was begun."""
+    """A trial's values follow from this seed, its number and the trials that had ended when its batch was started."""
     n_startup_trials: int = MISSING
     """Trials whose values are drawn at random before TPE chooses."""
 
@@ -115,8 +115,8 @@ class PrunerConfig:
     """Which trials end early, by their evaluations in training."""
 
     kind: Pruner = MISSING
-    """median: a trial whose best evaluation so far is worse than the median, at that step, of the trials that were not
-    pruned; none: no trial."""
+    """median: prune a trial whose best evaluation so far is worse than the median of the other trials at that step,
+    pruned ones left out; none: prune no trial."""
     n_startup_trials: int = MISSING
     """Trials that must have ended, none of them pruned, before one is pruned."""
     n_warmup_steps: int = MISSING
@@ -134,9 +134,9 @@ class OptunaConfig:
     _target_: str = MISSING
     """Hydra's: the class that does it."""
     n_trials: int = MISSING
-    """Of the whole sweep, the failed ones too; a sweep that is gone on with may be given more."""
+    """Trials of the whole sweep, failed ones included. A resumed sweep may be given more."""
     n_jobs: int = MISSING
-    """Trials of one batch, launched together: the values of all are chosen before one of them has ended."""
+    """Trials of one batch, launched together. The values of all are chosen before any of them has ended."""
     metric: Metric = MISSING
     """What trials are compared by, as their last evaluation has it."""
     direction: Direction = MISSING
@@ -149,10 +149,11 @@ class OptunaConfig:
 
 @dataclass
 class StatusConfig:
-    """`mode=status`: a table of the jobs of a sweep, or of one run (see status.py)."""
+    """`mode=status`: a table of the jobs of a sweep, or of one run (see sweeps/status.py)."""
 
     every: float = option(ge=0)
-    """On a terminal: seconds between two drawings, until all jobs have ended; 0: drawn once, as it is elsewhere."""
+    """Seconds between two updates on a terminal, until all jobs have ended. 0, and anything but a terminal: print
+    once."""
 
 
 @dataclass
@@ -160,12 +161,13 @@ class CheckpointsConfig:
     """How long checkpoints stay. `last` and `best` always do."""
 
     keep_last: int = option(ge=0)
-    """How many of the newest are kept; 0: all, as stock LeRobot does. The others are removed after each save."""
+    """How many of the newest checkpoints are kept. The others are removed after each save. 0: all, as in stock
+    LeRobot."""
     keep_every: int = option(ge=0)
-    """Those at multiples of so many steps are kept for ever, beside the newest; 0: none."""
+    """Checkpoints at multiples of this number of steps are kept for ever, beside the newest; 0: none."""
     background: bool = MISSING
-    """Write a copy of weights and moments in the host's memory while training goes on; false: training waits. The files
-    are the same."""
+    """Write a copy of weights and moments in a thread while training continues; false: training waits. The files are
+    the same."""
 
 
 @dataclass
@@ -173,25 +175,25 @@ class TrainConfig:
     """How training runs."""
 
     max_nonfinite: int = option(ge=0)
-    """A step whose loss or gradient is not finite changes nothing and is counted; after more than these the run goes
-    back to its newest sound checkpoint, and on with the data in another order. So it does before it would evaluate or
-    save weights that are not finite."""
+    """How many steps may have a loss or gradient that is not finite. Such a step changes nothing. After more of them,
+    and before weights that are not finite would be evaluated or saved, the run rolls back to its latest valid
+    checkpoint and continues with the data in another order."""
     max_rollbacks: int = option(ge=0)
-    """How many times the run goes back in all; then it stops."""
+    """How often the run may roll back in all, before it stops with an error."""
     precision: str | None = option(choices=("fp32", "bf16"))
-    """Of training's arithmetic: fp32 (on a GPU its matrix products are TF32, as in stock LeRobot) or bf16 (autocast;
-    weights and AdamW stay fp32); null: bf16 with policy.use_amp=true, else fp32. Evaluations go by policy.use_amp
-    alone, which a checkpoint keeps: so mode=eval repeats them."""
+    """Precision of training: fp32 (on a GPU with TF32 matrix products, as in stock LeRobot) or bf16 (autocast; weights
+    and AdamW stay fp32). null: bf16 with policy.use_amp=true, else fp32. Evaluations use policy.use_amp alone, which a
+    checkpoint keeps, so that mode=eval repeats them."""
     compile: bool | None = MISSING
     """Compile the loss and its gradient to fused kernels, which takes a minute or more; null: on a GPU only. An epoch's
-    last, short batch is not compiled. Dropout and VAE noise then draw other numbers."""
+    last, short batch is not compiled. Dropout and VAE noise then draw different random numbers."""
     fast_dropout: bool | None = MISSING
-    """Draw dropout's masks from 16 random bits an element: a step on a CPU is a sixth to a fifth shorter. They are
-    other ones than stock's, of the same probability to 1e-5; null: with bf16 on a CPU only, unless compiled."""
+    """Draw dropout masks from 16 random bits an element, which makes a step on a CPU a sixth to a fifth shorter. The
+    masks differ from stock's; their probability is the same to 1e-5. null: with bf16 on a CPU, unless compiled."""
     profile: bool = MISSING
-    """Measure a few steps: a line says where their time goes, profile/trace.json in the run directory shows every
-    operation (chrome://tracing and ui.perfetto.dev open it). All steps then wait for the device after each part, and
-    are not captured in a CUDA graph."""
+    """Profile a few steps. A line says where their time goes, and profile/trace.json in the run directory shows every
+    operation (open it with chrome://tracing or ui.perfetto.dev). All steps then wait for the device after each phase
+    and are not captured in a CUDA graph."""
 
 
 @dataclass
@@ -201,19 +203,18 @@ class EvalConfig:
     n_episodes: int = option(ge=1, modes=ROLLOUTS)
     """Episodes of one evaluation."""
     batch_size: int = option(ge=1, modes=ROLLOUTS)
-    """Environments stepped side by side; the policy sees one batch of this size. Part of the numbers: a matrix product
-    may round differently for another batch size."""
+    """Environments stepped in parallel; the policy sees one batch of this size. It affects the results: a matrix
+    product may round differently for another batch size."""
     start_seed: int = option(ge=0, modes=ROLLOUTS)
-    """Episode i resets the environment with seed start_seed + i. Selection (training) and test (mode=eval) use ranges
-    apart from each other and from 0..205, where the human demonstrations started."""
+    """Episode i resets the environment with seed start_seed + i. Selection (in training) and test (mode=eval) use
+    separate ranges, both apart from 0 to 205, where the human demonstrations started."""
     n_videos: int = option(ge=0, modes=ROLLOUTS)
-    """Episodes written as mp4 (the first ones); a film strip shows the first."""
+    """How many episodes, the first ones, are written as mp4. A film strip shows the first."""
     workers: int = option(ge=0, modes=ROLLOUTS)
-    """Processes that the environments are stepped in; 1: this one; 0: one a core, fewer if a batch is small. Part of
-    the time, not of the numbers."""
+    """Worker processes that step the environments. 1: none, this process; 0: one for each core, fewer for a small
+    batch. It does not affect the results."""
     background: bool = option(modes=TRAINING)
-    """In training: evaluate a copy of the policy while training goes on; false: training waits. The numbers are the
-    same."""
+    """Evaluate a copy of the policy while training continues; false: training waits. The results are the same."""
 
 
 @dataclass
@@ -221,7 +222,7 @@ class WandbConfig:
     """Weights & Biases; LeRobot's names where it has them."""
 
     enable: bool = MISSING
-    """Log there as well as to metrics.jsonl. Without a login the run is kept offline, to be sent by `wandb sync`."""
+    """Log to W&B as well as to metrics.jsonl. Without a login the run is kept offline, and `wandb sync` sends it."""
     project: str = MISSING
     """Project of the run."""
     entity: str | None = None
@@ -234,36 +235,37 @@ class WandbConfig:
 
 @dataclass
 class DemosConfig:
-    """Scripted demonstrations: how many of the embedded ones `dataset=demos` takes, and what `mode=demos` makes."""
+    """Scripted demonstrations: how many of the built-in ones `dataset=demos` uses, and what `mode=demos` generates."""
 
     n_episodes: int = option(ge=1, modes=(*TRAINING, Mode.demos))
-    """dataset=demos: how many of the embedded ones to replay and render (at most 2,000); mode=demos: to make."""
+    """dataset=demos: how many of the built-in ones to use (at most 2,000); mode=demos: how many to generate."""
     mirror: bool = option(modes=TRAINING)
-    """dataset=demos: each one's mirror image, too, where that solves the task: nearly twice as many."""
+    """dataset=demos: add the mirror image of each demonstration, where that solves the task, too: nearly twice as
+    many."""
     start_seed: int = option(ge=0, modes=(Mode.demos,))
-    """mode=demos: the first of the environment's reset seeds to start from; they go up by one, a start that is not
-    solved is left out. Apart from those of evaluation (100,000 and 200,000 up) and of the embedded ones (1,000,000)."""
+    """mode=demos: the first reset seed to start from. A start that is not solved is left out. Apart from the seeds of
+    evaluation (from 100,000 and 200,000 on) and of the built-in demonstrations (from 1,000,000 on)."""
     initial_states: str | None = option(modes=(Mode.demos,))
-    """mode=demos: a CSV file of states to start from, each once and in order, under the header
-    agent_x,agent_y,block_x,block_y,block_angle (px, rad); null: the environment's resets from start_seed up."""
+    """mode=demos: a CSV file of states to start from, each once and in order, with the header
+    agent_x,agent_y,block_x,block_y,block_angle (px, rad); null: the environment's resets from start_seed on."""
     coverage: float = option(ge=0.95, lt=1, modes=(Mode.demos,), reason="the environment asks for 0.95")
     """Share of the goal to cover before an episode ends."""
     speed: float = option(ge=1, le=30, modes=(Mode.demos,))
-    """Px a step at which the planner walks round the T; it pushes at 7/9 of it."""
+    """Speed in px per step at which the planner moves around the T. It pushes at 7/9 of it."""
     smoothness: float = option(ge=0, modes=(Mode.demos,))
     """Weight on changes of speed and direction; 0 ignores them."""
     action_noise: float = option(ge=0, le=100, modes=(Mode.demos,))
-    """Standard deviation in px of the noise on what is carried out; the actions recorded stay clean."""
+    """Standard deviation in px of the noise on the executed actions. The recorded actions stay clean."""
     replan: int = option(ge=1, modes=(Mode.demos,))
-    """Steps between two searches for a plan; with noise 1 or 2 answer it best and take 2 to 3 times as long."""
+    """Steps between two searches for a plan. With noise, 1 or 2 react best and take 2 to 3 times as long."""
     seed: int = option(ge=0, modes=(Mode.demos,))
-    """Of the planner's and the noise's random numbers: another one gives other demonstrations from the same starts."""
+    """Seed of the planner and the noise. Another one gives different demonstrations from the same starts."""
     workers: int = option(ge=0, modes=(Mode.demos,))
-    """Planning processes; 0: as many as there are cores. Part of the time, not of the result."""
+    """Worker processes that plan; 0: one for each core. It does not affect the result."""
     push_to_hub: bool = option(modes=(Mode.demos,))
     """Upload the finished data set, with a card, to the Hugging Face Hub."""
     repo_id: str | None = option(modes=(Mode.demos,))
-    """Its name there, USER/NAME."""
+    """Its name on the Hub, USER/NAME."""
 
 
 @dataclass
@@ -273,11 +275,12 @@ class Config:
     mode: Mode = MISSING
     """Set by the group `mode`."""
     seed: int = option(ge=0, modes=TRAINING, instead="mode=eval has eval.start_seed=, mode=demos has demos.seed=")
-    """Of initialisation, data order, dropout and VAE noise (see seeding.py); not of the evaluation's environments."""
+    """Seed of initialisation, data order, dropout and VAE noise (see runtime/seeding.py), not of the evaluation."""
     steps: int = option(ge=1, modes=TRAINING)
-    """Optimizer steps of the whole run, those before a resume included."""
+    """Optimizer steps of the whole run, including those before a resume."""
     batch_size: int = option(ge=1, modes=TRAINING, instead="mode=eval has eval.batch_size=")
-    """Samples of one step; with several processes (torchrun) of all together, so it is a multiple of their number."""
+    """Samples of one optimizer step. With several ranks (torchrun) it is that of all together, and a multiple of
+    them."""
     log_freq: int = option(ge=0, modes=TRAINING)
     """Steps between two lines of metrics; 0: never."""
     eval_freq: int = option(ge=0, modes=TRAINING)
@@ -297,7 +300,7 @@ class Config:
     print_lerobot_command: bool = option(modes=ROLLOUTS, instead="LeRobot does not generate demonstrations")
     """Print the equivalent stock command line and stop."""
     checkpoint: str | None = option(modes=(Mode.eval,), instead="resume.path= continues training")
-    """What mode=eval evaluates: a path like resume.path, or a model id on the Hub."""
+    """What mode=eval evaluates: a path as for resume.path, or a model id on the Hub."""
     dir: str | None = option(None, modes=(Mode.status,))
     """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or a run directory."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
@@ -314,7 +317,7 @@ class Config:
     env: dict[str, Any] = option(modes=NOT_STATUS)
     """LeRobot's PushtEnv."""
     dataset: dict[str, Any] = option(modes=TRAINING)
-    """LeRobot's DatasetConfig; repo_id pusht_act/demos is the embedded data."""
+    """LeRobot's DatasetConfig; repo_id pusht_act/demos means the built-in demonstrations."""
     optimizer: dict[str, Any] = option(modes=TRAINING)
     """Fields of LeRobot's AdamWConfig that replace the policy's preset, e.g. grad_clip_norm."""
     scheduler: dict[str, Any] = option(modes=TRAINING)
@@ -366,7 +369,7 @@ def register() -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """`config` in plain types, to be written into a file."""
+    """Return `config` in plain types, to be written into a file."""
     return {**asdict(config), "mode": config.mode.value}
 
 

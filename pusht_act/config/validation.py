@@ -202,7 +202,7 @@ def _check_dataset(config: Config) -> None:
         for key in ("root", "revision"):
             if dataset.get(key):
                 raise UserError(
-                    f"dataset.{key}={dataset[key]} means nothing for the embedded demonstrations: "
+                    f"dataset.{key}={dataset[key]} means nothing for the built-in demonstrations: "
                     "leave it out, or give dataset=pusht or pusht_keypoints with it"
                 )
     episodes = dataset.get("episodes")
