@@ -60,7 +60,7 @@ class Result:
     """Records of the last evaluation (evaluate.Episode)."""
     video_paths: list[Path] = dataclasses.field(default_factory=list)
     pruned: bool = False
-    """Whether training ended early, as a trial not worth going on with."""
+    """Whether training ended early, because the pruner ended the trial."""
 
     @property
     def objective(self) -> float | None:
@@ -232,7 +232,7 @@ def _train(job: ResolvedJob) -> Result:
     overrides, choices, report = job.overrides, job.choices, job.report
     if job.auto_resumes and start is not None and _is_finished(start, config):
         return _finished_result(job, start)
-    # A run that goes on in its own folder may write there; any other needs a folder that is not in use.
+    # A run that resumes in its own folder may write there; any other needs a folder that is not in use.
     check_share(config.batch_size, world_size())
     _check_can_push(config)
     branches_off = start is None or start.run_dir != run.path.resolve()

@@ -85,13 +85,13 @@ class BatchLoader:
             while True:
                 yield self._to_device(self._read(shard(order.next_batch(batch_size))))
         ahead = copy.copy(order)
-        with ThreadPoolExecutor(1, "pictures") as thread:
-            coming = deque(
+        with ThreadPoolExecutor(1, "images") as thread:
+            pending = deque(
                 thread.submit(self._read, shard(ahead.next_batch(batch_size))) for _ in range(PREFETCH_BATCHES)
             )
             while True:
-                inputs = coming.popleft().result()
-                coming.append(thread.submit(self._read, shard(ahead.next_batch(batch_size))))
+                inputs = pending.popleft().result()
+                pending.append(thread.submit(self._read, shard(ahead.next_batch(batch_size))))
                 order.next_batch(batch_size)
                 yield self._to_device(inputs)
 

@@ -14,7 +14,7 @@ class EpisodeSampler:
 
     Here an epoch is one permutation, a pure function of the seed, the epoch and the number of rollbacks: a resumed run
     needs no replay of the epochs before. A rollback returns to an earlier checkpoint after training has diverged, and
-    goes on in another order, so that it does not meet the same batches. Without one the order is LeRobot's.
+    continues in another order, so that it does not meet the same batches. Without one the order is LeRobot's.
 
     The last batch of an epoch is short, as in stock training (drop_last=False).
 

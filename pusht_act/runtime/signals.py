@@ -28,7 +28,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal(BaseException):
-    """A signal stopped the job. No `Exception`: after one of those a sweep goes on to its next job."""
+    """A signal stopped the job. Not an `Exception`: after one of those a sweep continues with its next job."""
 
     def __init__(self, number: int, step: int | None = None, checkpoint: Path | None = None) -> None:
         super().__init__(number, step, checkpoint)
