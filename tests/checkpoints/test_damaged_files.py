@@ -65,6 +65,7 @@ def refusal(run: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_resume_takes_the_newest_valid_checkpoint(fault: str, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = run / "checkpoints" / "000004"

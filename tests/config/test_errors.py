@@ -320,6 +320,7 @@ def test_a_device_that_is_not_there_is_refused(device: str, in_tmp: Path) -> Non
     check(line(*TINY, f"policy.device={device}"), (f"policy.device={device}", "policy.device=cpu", "auto"), in_tmp)
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_downloaded_name_the_override(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(in_tmp.parent / "no-weights-here"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # no network, wherever the test runs
@@ -364,6 +365,7 @@ def test_a_checkpoint_without_training_state_is_refused_on_resume_only(trained: 
     assert not (in_tmp / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -142,6 +142,7 @@ def test_no_secret_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "s3cret" not in lerobot_command(job("policy.push_to_hub=true", "policy.repo_id=me/act"))
 
 
+@pytest.mark.slow
 @given(st.text(max_size=20) | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans())
 def test_any_value_comes_back_from_lerobots_parser(value: Any) -> None:
     holder = dataclasses.make_dataclass("Holder", [("value", type(value))])

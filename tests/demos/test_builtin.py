@@ -74,6 +74,7 @@ def test_a_missing_or_broken_file_is_refused(
         builtin.load(1)
 
 
+@pytest.mark.slow
 def test_build_builtin_writes_file_and_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: object) -> None:
     source = tmp_path / "builtin.py"
     source.write_text(Path(builtin.__file__).read_text())

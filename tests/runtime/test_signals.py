@@ -123,6 +123,7 @@ def test_an_evaluation_is_broken_off_and_done_again(
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.05, 0.6, 1.2])
 def test_a_signal_before_the_first_step_leaves_nothing(seconds: float, tmp_path: Path, job: Callable[..., Job]) -> None:
     command = tiny_command("steps=100000", f"output_dir={tmp_path / 'run'}")

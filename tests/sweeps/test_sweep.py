@@ -181,6 +181,7 @@ def test_the_script_for_slurm_is_shown_and_nothing_is_written(commands: Commands
     assert output.read_text() == "pusht-act: cluster.dry_run=true shows the script of a sweep: give -m too\n"
 
 
+@pytest.mark.slow
 def test_a_preset_that_was_edited_since_is_refused(commands: Commands, tmp_path: Path) -> None:
     folder, output = tmp_path / "sweep", tmp_path / "output"
     command = ["-m", "sweep=seeds", "print_lerobot_command=true", f"hydra.sweep.dir={folder}"]

@@ -188,6 +188,7 @@ def test_killed_again_and_again_it_comes_to_the_same(
     assert not list((run / "checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", [1, 2])
 def test_what_was_not_saved_cannot_be_the_best(
     lag: int, waited: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

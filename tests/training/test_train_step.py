@@ -234,6 +234,7 @@ def test_a_compiled_run_resumes_to_the_same_bits(tiny: Tiny, tmp_path: Path) -> 
     assert found == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_machine_without_a_compiler(
         assert "nothing can be compiled on this machine" in caplog.text
 
 
+@pytest.mark.slow
 def test_weights_that_lie_channels_last_are_saved_and_loaded_as_lerobots(
     tiny: Tiny, image_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_options_of_the_optimizer_and_schedule_take_effect(tiny: Tiny, tmp_path:
     assert metrics(clipped)[-1]["train/loss"] != metrics(plain)[-1]["train/loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["seed=7", "batch_size=5", "policy.kl_weight=1", "+policy.use_amp=true", NORMALIZED])
 def test_an_option_changes_the_losses(tiny: Tiny, tmp_path: Path, option: str) -> None:
     a = tiny("steps=2", f"output_dir={tmp_path / 'a'}").output_dir
