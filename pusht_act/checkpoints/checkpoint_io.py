@@ -102,6 +102,11 @@ class Snapshot:
     state: TrainerState
 
 
+def step_name(step: int, steps: int) -> str:
+    """Return the folder's name of a checkpoint at `step` of a run of `steps`, such as 005000."""
+    return str(get_step_identifier(step, steps))
+
+
 def snapshot(components: TrainComponents, state: TrainerState, to_cpu: bool) -> Snapshot:
     """Return the present state of training.
 
@@ -156,7 +161,7 @@ def save(
     Raises:
         OSError: there is no room for it or it cannot be written; what was there before is unchanged.
     """
-    name = get_step_identifier(snapshot.state.step, train_config.steps)
+    name = step_name(snapshot.state.step, train_config.steps)
     final = run.checkpoints / name
     part = part_path(final)
     needed = 0

@@ -44,7 +44,7 @@ from pusht_act.config.schema import Config
 from pusht_act.runtime.errors import UserError
 
 # Classes of LeRobot that other rooms take from here, so that each room imports LeRobot in one place.
-__all__ = ["DatasetConfig", "PushtEnv"]
+__all__ = ["DatasetConfig", "PushtEnv", "TrainPipelineConfig"]
 
 log = logging.getLogger(__name__)
 

@@ -15,20 +15,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lerobot.common.train_utils import get_step_identifier
-from lerobot.envs.configs import PushtEnv
-from lerobot.policies.act.modeling_act import ACTPolicy
 from safetensors.torch import load_model
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
+from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState, step_name
 from pusht_act.checkpoints.manifest import find_corruption
+from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import Config
 from pusht_act.envs.vector_env import VectorEnv, make_vector_envs
 from pusht_act.evaluation.evaluate import evaluate
 from pusht_act.evaluation.records import Evaluation
 from pusht_act.evaluation.rollout import Actor
 from pusht_act.policy.act import Processors
+from pusht_act.policy.lerobot import ACTPolicy
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import is_main
 from pusht_act.runtime.signals import StopSignal, signals
@@ -165,7 +164,7 @@ def find_pending(start: Checkpoint, state: TrainerState, steps: int) -> Path | N
     if state.pending is None:
         return None
     step = state.pending
-    here = start.directory if step == state.step else start.directory.parent / get_step_identifier(step, steps)
+    here = start.directory if step == state.step else start.directory.parent / step_name(step, steps)
     if (corruption := find_corruption(here)) is None:
         return here / "pretrained_model"
     log.warning("the evaluation of step %d was interrupted and is left out: %s: %s", step, here, corruption)

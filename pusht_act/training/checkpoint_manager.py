@@ -16,14 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lerobot.common.train_utils import get_step_identifier
-from lerobot.configs.train import TrainPipelineConfig
-
 from pusht_act.checkpoints import checkpoint_io
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
+from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState, step_name
 from pusht_act.checkpoints.retention import prune, set_symlink
-from pusht_act.config.lerobot import LeRobotConfig, train_pipeline_config
+from pusht_act.config.lerobot import LeRobotConfig, TrainPipelineConfig, train_pipeline_config
 from pusht_act.config.schema import Config
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.atomic import remove_dir
@@ -186,4 +183,4 @@ class CheckpointManager:
                 log.warning("best cannot be pointed at %s: %s", folder, error.strerror)
 
     def _folder(self, step: int) -> Path:
-        return self.run.checkpoints / str(get_step_identifier(step, self.config.steps))
+        return self.run.checkpoints / step_name(step, self.config.steps)

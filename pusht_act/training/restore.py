@@ -5,9 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lerobot.policies.act.configuration_act import ACTConfig
-from lerobot.policies.act.modeling_act import ACTPolicy
-
 from pusht_act.checkpoints import checkpoint_io
 from pusht_act.checkpoints.checkpoint import Checkpoint, latest_valid
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
@@ -15,6 +12,7 @@ from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.policy.act import Processors, load_policy, load_processors
+from pusht_act.policy.lerobot import ACTConfig, ACTPolicy
 from pusht_act.policy.optim import make_optimizer, override_restored_hparams
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import is_main, rank, world_size

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lerobot.policies.act.modeling_act import ACTPolicy
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -33,6 +32,7 @@ from pusht_act.config.schema import TrainConfig
 from pusht_act.data.loader import INDEX, Batch, BatchIndices, BatchLoader
 from pusht_act.policy.act import act_loss, autocast, valid_counts
 from pusht_act.policy.fast_dropout import Dropout
+from pusht_act.policy.lerobot import ACTPolicy
 from pusht_act.runtime.distributed import all_reduce_sum, world_size
 from pusht_act.runtime.errors import UserError
 from pusht_act.training.cuda_graphs import CudaGraphCallable, CudaGraphs, GraphBackend, capturable_lr
