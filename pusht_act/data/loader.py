@@ -77,9 +77,9 @@ class BatchLoader:
         self._pinned = device.startswith("cuda")
 
     def iter_batches(self, order: EpisodeSampler, batch_size: int) -> Generator[BatchIndices]:
-        """Batch after batch of `order`, for `gather`; `order` counts those that were taken, not those read ahead.
+        """Yield what `gather` makes batch after batch of, in the sampler's `order`: this rank's shard of each.
 
-        Of several processes, this one's share of each.
+        `order` counts the batches that were taken, not those that were read ahead, so its position can be saved.
         """
         if not self._on_host:
             while True:
@@ -96,7 +96,11 @@ class BatchLoader:
                 yield self._to_device(inputs)
 
     def gather(self, inputs: BatchIndices) -> Batch:
-        """The batch of `inputs`; shapes in the module's diagram. Work of the device alone: a CUDA graph can hold it."""
+        """Return the batch of `inputs`, shapes as in the module's docstring.
+
+        Nothing in here waits for the host, so a CUDA graph can hold it.
+        """
+        # A chunk that reaches past its episode's end repeats the last action, and is marked as padding from there on.
         indices = inputs[INDEX]
         wanted = indices[:, None] + self._offsets
         last = self._last_frame[indices][:, None]
