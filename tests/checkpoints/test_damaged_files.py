@@ -22,6 +22,8 @@ from pusht_act.training import train_step as step_module
 from tests.helpers.runs import TINY
 from tests.helpers.training import assert_same_bits, metrics
 
+pytestmark = pytest.mark.slow
+
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -65,7 +67,6 @@ def refusal(run: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_resume_takes_the_newest_valid_checkpoint(fault: str, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = run / "checkpoints" / "000004"

@@ -18,6 +18,8 @@ from pusht_act.checkpoints import hub
 from tests.helpers.config import config
 from tests.helpers.runs import TINY
 
+pytestmark = pytest.mark.slow
+
 METRICS = {
     "pc_success": 61.4, "pc_success_low": 57.1, "pc_success_high": 65.5, "avg_max_reward": 0.8765, "n_episodes": 500,
 }  # fmt: skip

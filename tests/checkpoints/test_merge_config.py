@@ -27,6 +27,8 @@ from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
 from tests.helpers.runs import TINY
 
+pytestmark = pytest.mark.slow
+
 STATE = PolicyFeature(FeatureType.STATE, (2,))
 KEYPOINTS = PolicyFeature(FeatureType.ENV, (16,))
 

@@ -25,6 +25,8 @@ from pusht_act.config.validation import to_config
 from pusht_act.main import CONFIG_DIR
 from tests.helpers.runs import TINY
 
+pytestmark = pytest.mark.slow
+
 HERE = "policy.device=cpu"  # `auto` is left to stock, which warns
 
 
@@ -66,7 +68,6 @@ def differing(ours: Any, stock: Any, prefix: str = "") -> list[str]:
     return [] if ours == stock else [prefix.rstrip(".")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -142,7 +143,6 @@ def test_no_secret_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "s3cret" not in lerobot_command(job("policy.push_to_hub=true", "policy.repo_id=me/act"))
 
 
-@pytest.mark.slow
 @given(st.text(max_size=20) | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.booleans())
 def test_any_value_comes_back_from_lerobots_parser(value: Any) -> None:
     holder = dataclasses.make_dataclass("Holder", [("value", type(value))])

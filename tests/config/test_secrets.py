@@ -16,6 +16,8 @@ from tests.helpers.config import config
 from tests.helpers.wandb_runs import records
 from tests.helpers.wandb_server import Server
 
+pytestmark = pytest.mark.slow
+
 WANDB = "0123456789abcdef0123456789abcdef01234567"
 HUB = "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH"
 OTHER = "correct-horse-battery-staple"

@@ -18,6 +18,8 @@ from pusht_act.demos.planner import PlannerOptions
 from pusht_act.envs.pusht import Start, make_env, reset_to
 from pusht_act.job import Result
 
+pytestmark = pytest.mark.slow
+
 STARTS = [(60.0, 400.0, 200.0, 220.0, 2.0), (400.5, 100.25, 300.0, 300.0, -1.0), (256.0, 430.0, 170.0, 150.0, 0.1)]
 GOOD = [",".join(map(str, start)) for start in STARTS]
 

@@ -20,6 +20,8 @@ from pusht_act.envs.gym_pusht_internals import block_corners
 from pusht_act.envs.pusht import keypoints, make_env
 from pusht_act.job import Result
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def corners() -> np.ndarray:

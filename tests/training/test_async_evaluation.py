@@ -15,6 +15,8 @@ from pusht_act.training import async_evaluation as evaluations
 from tests.helpers.evaluations import OPTIONS, Killed, Late, outcome
 from tests.helpers.training import assert_same_bits, metrics
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[..., Result]
 
 
@@ -53,7 +55,6 @@ def test_a_run_can_wait(tiny: Tiny, late: Late) -> None:
     assert late.threads == ["MainThread"] * 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_killed_again_and_again_it_comes_to_the_same(lag: int, waited: Path, tiny: Tiny, late: Late) -> None:
     """Before the result of an evaluation, after it and before the next save, after a save in between."""

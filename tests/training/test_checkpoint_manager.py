@@ -28,6 +28,8 @@ from tests.helpers.evaluations import OPTIONS, Killed, Late, outcome
 from tests.helpers.runs import TINY
 from tests.helpers.training import assert_same_bits, metrics
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[..., Result]
 
 
@@ -157,7 +159,6 @@ def waited(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("evaluation", "save"), [(1, 2), (2, 1), (2, 2)])
 def test_killed_again_and_again_it_comes_to_the_same(
     evaluation: int, save: int, waited: Path, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,7 +189,6 @@ def test_killed_again_and_again_it_comes_to_the_same(
     assert not list((run / "checkpoints").glob(".*"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("lag", [1, 2])
 def test_what_was_not_saved_cannot_be_the_best(
     lag: int, waited: Path, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -232,7 +232,6 @@ def test_a_save_under_way_is_finished_where_an_error_ends_the_run(
     assert slow.steps_meanwhile == [1]
 
 
-@pytest.mark.slow
 def test_killed_for_real_amid_a_save_it_comes_to_the_same(tiny: Tiny, tmp_path: Path) -> None:
     run, options = tmp_path / "run", ["steps=400", "save_freq=1", "log_freq=50", "checkpoints.keep_last=3"]
     training = subprocess.Popen(

@@ -15,6 +15,8 @@ from pusht_act.job import Result
 from tests.helpers.runs import TINY
 from tests.helpers.training import NORMALIZED, assert_same_bits, metrics
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[..., Result]
 STILL = ["policy.optimizer_lr=0", "policy.optimizer_lr_backbone=0"]
 

@@ -11,6 +11,8 @@ import pytest
 import pusht_act
 from pusht_act.job import Result
 
+pytestmark = pytest.mark.slow
+
 Tiny = Callable[..., Result]
 LONG = ["steps=30", "log_freq=7", "eval_freq=30", "save_freq=0"]
 
@@ -23,7 +25,6 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, tuple[float, int]]
     ]
 
 
-@pytest.mark.slow
 def test_a_profile_tells_where_the_time_goes(tiny: Tiny, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         run = tiny(*LONG, "train.profile=true").output_dir
@@ -42,7 +43,6 @@ def test_a_profile_tells_where_the_time_goes(tiny: Tiny, caplog: pytest.LogCaptu
         assert last[seldom][0] > first[seldom][0], "at the last step"
 
 
-@pytest.mark.slow
 def test_nothing_is_profiled_unasked_and_the_training_is_the_same(
     tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
