@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-import pusht_act
 from pusht_act.demos import collect
 from pusht_act.demos import generate as dataset
-from pusht_act.demos.dataset_stats import HUMAN, dataset_stats
 from pusht_act.demos.expert import Demonstration, demonstrate
 from pusht_act.demos.replay import replay
 from pusht_act.envs.pusht import make_env, reset_to
 from pusht_act.job import Result
+from tests.helpers.demos import command, info, make
 
 START = 2_000_000
 MOTORS = {"motors": ["motor_0", "motor_1"]}
@@ -50,21 +49,6 @@ SEEN: dict[str, dict[str, Any]] = {
     "pusht_keypoints": {"observation.environment_state": {"dtype": "float32", "shape": [16], "names": None}},
 }
 """The features of lerobot/pusht and lerobot/pusht_keypoints."""
-
-
-def make(output_dir: Path, *overrides: str, env: str = "pusht_keypoints", count: int = 2, workers: int = 1) -> Result:
-    """One job of mode=demos, in this process unless there are more workers."""
-    return pusht_act.run(command(output_dir, *overrides, env=env, count=count, workers=workers))
-
-
-def command(output_dir: Path, *overrides: str, env: str, count: int, workers: int) -> list[str]:
-    numbers = [f"demos.n_episodes={count}", f"demos.workers={workers}"]
-    return ["mode=demos", f"env={env}", *numbers, f"output_dir={output_dir}", *overrides]
-
-
-def info(root: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((root / "meta" / "info.json").read_text())
-    return content
 
 
 def column(root: Path, key: str) -> np.ndarray:
@@ -216,19 +200,6 @@ def test_what_lies_beside_the_data(keypoints: Result) -> None:
     assert "demos.n_episodes=3" in card
     assert re.search(r"\| starts solved +\| +100.0 % ", card)
     assert keypoints.video_paths == [root / "episode-0.mp4"]
-
-
-def test_the_figures_of_the_human_data_are_as_quoted(human: Path) -> None:
-    table = pq.read_table(human / "pusht_keypoints" / "data")
-    action, reward = np.stack(table["action"].to_pylist()), table["next.reward"].to_numpy()
-    starts = np.flatnonzero(table["frame_index"].to_numpy() == 0)
-    last = 0.95 * reward[np.append(starts[1:], len(action)) - 1]
-    made = [
-        Demonstration(i, labels, labels, float(covered), True)
-        for i, (labels, covered) in enumerate(zip(np.split(action, starts[1:]), last, strict=True))
-    ]
-    figures = dataset_stats(made)
-    assert {key: figures[key] for key in HUMAN} == pytest.approx(HUMAN, rel=6e-3)
 
 
 def test_with_noise_the_labels_stay_clean_and_what_was_done_is_kept(tmp_path: Path) -> None:
@@ -396,33 +367,6 @@ def test_two_jobs_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_starts_that_evaluation_uses_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make(tmp_path / "early", "demos.start_seed=100000", count=1)
     assert "demos.start_seed=100000: evaluation resets" in caplog.text
-
-
-def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pusht_act.checkpoints.hub.get_token", lambda: None)
-    with pytest.raises(ValueError, match="demos.push_to_hub=true needs a Hub token"):
-        make(tmp_path / "x", "demos.push_to_hub=true", "demos.repo_id=me/demos")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_finished_data_set_is_pushed_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    pushed: list[tuple[str, Path, dict[str, Any]]] = []
-    monkeypatch.setattr("pusht_act.checkpoints.hub.get_token", lambda: "hf_x")
-    monkeypatch.setattr(
-        LeRobotDataset, "push_to_hub", lambda self, **given: pushed.append((self.repo_id, self.root, given))
-    )
-    options = ["demos.push_to_hub=true", "demos.repo_id=me/demos"]
-    make(tmp_path / "x", *options, count=1)
-    repo_id, root, given = pushed[0]
-    assert (repo_id, root) == ("me/demos", tmp_path / "x")
-    assert "starts solved" in given["dataset_description"]
-    assert "path=me/demos" in (tmp_path / "x" / "README.md").read_text()
-    monkeypatch.setattr(LeRobotDataset, "push_to_hub", lambda _self, **_given: 1 / 0)
-    with pytest.raises(OSError, match=r"complete in .*y, but could not be pushed to me/demos \(ZeroDivisionError"):
-        make(tmp_path / "y", *options, count=1)
-    assert info(tmp_path / "y")["total_episodes"] == 1
 
 
 def test_planning_processes_need_no_torch() -> None:
