@@ -62,6 +62,10 @@ class SignalHandler:
         self._ignored = False
         self._forwards = False
 
+    def __reduce__(self) -> str:
+        """Pickle as a reference: a launcher's process has signals of its own, not a copy of its launcher's."""
+        return "signals"
+
     @contextmanager
     def handle(self) -> Iterator[None]:
         """Let a signal stop the job within this; do nothing in another thread than the main one.

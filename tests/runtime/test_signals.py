@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import re
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import cloudpickle
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
@@ -233,6 +235,13 @@ def test_in_a_slurm_job_sigterm_saves_and_training_goes_on(
     assert result.step == 6
     assert [int(step) for step in re.findall(r"step (\d+): saved", caplog.text)] == [3, 6]
     assert [path.name for path in (result.output_dir / "checkpoints").glob("0*")] == ["000006"]
+
+
+def test_a_process_of_a_launcher_does_not_inherit_that_signals_are_handled() -> None:
+    """submitit pickles the task by value, and with it what it refers to."""
+    with signals.handle():
+        assert pickle.loads(pickle.dumps(signals)) is signals
+        assert cloudpickle.loads(cloudpickle.dumps(lambda: signals))() is signals
 
 
 def _steps(number: int) -> None:
