@@ -148,7 +148,7 @@ def _repeat_data(episodes: int) -> None:
     import numpy as np
 
     from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, cache_root, load_or_build
-    from pusht_act.data.dataset import open_dataset
+    from pusht_act.data.open_dataset import open_dataset
     from pusht_act.training import build as build_module
 
     def repeated(config: Any, lerobot: Any) -> FrameDataset:

@@ -88,7 +88,7 @@ class Suite:
         from lerobot.optim import AdamWConfig
 
         from pusht_act.checkpoints.checkpoint_io import TrainComponents
-        from pusht_act.data.dataset import normalization_stats
+        from pusht_act.data.open_dataset import normalization_stats
         from pusht_act.policy.act import make_policy, make_processors
         from pusht_act.policy.optim import make_optimizer
 
@@ -206,7 +206,7 @@ def _row(args: argparse.Namespace, batch_size: int, precision: str, side: str, t
 
 
 def _ours(suite: Suite, batch_size: int, precision: str, compiled: bool, captured: bool) -> Callable[[], None]:
-    from pusht_act.training.metrics import MetricAccumulator
+    from pusht_act.training.metric_accumulator import MetricAccumulator
 
     take_step, inputs = suite.step(suite.objects(), batch_size, precision, compiled=compiled, captured=captured)
     window = MetricAccumulator()

@@ -12,7 +12,6 @@ from jaxtyping import Float64
 from pusht_act.envs.simulator import ANGLE, CENTRE, CENTRE_X, CENTRE_Y, REACH, compiled, sides
 
 # Constants of gym_pusht/envs/pusht.py.
-SUCCESS_COVERAGE = 0.95
 GOAL_ANGLE = math.pi / 4
 GOAL_CENTRE_X = 256.0 - math.sin(GOAL_ANGLE) * CENTRE
 GOAL_CENTRE_Y = 256.0 + math.cos(GOAL_ANGLE) * CENTRE

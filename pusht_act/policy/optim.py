@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from pusht_act.policy.lerobot import ACTConfig, ACTPolicy, AdamWConfig
+from pusht_act.policy.lerobot import ACTPolicy, AdamWConfig
 
 
 def make_optimizer(policy: ACTPolicy, config: AdamWConfig) -> Optimizer:
@@ -41,28 +40,3 @@ def _strip_fused_flag(_: Optimizer, state: dict[str, Any]) -> None:
         number: {key: value.contiguous() for key, value in moments.items()}
         for number, moments in state["state"].items()
     }
-
-
-def override_restored_hparams(
-    optimizer: Optimizer, scheduler: LRScheduler | None, config: AdamWConfig, policy: ACTConfig
-) -> None:
-    """Apply the configured learning rates and options to an optimizer whose state was loaded from a file.
-
-    PyTorch restores the saved learning rate together with the moments, so a new one given on resume would do nothing.
-
-    Args:
-        optimizer: The optimizer, with its loaded state.
-        scheduler: The learning rate schedule with its loaded state, if there is one.
-        config: Options of AdamW.
-        policy: Holds the learning rates of the two parameter groups.
-    """
-    for i, (group, rate) in enumerate(
-        zip(optimizer.param_groups, (policy.optimizer_lr, policy.optimizer_lr_backbone), strict=True)
-    ):
-        group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
-        if scheduler is None:
-            group["lr"] = rate
-        elif rate != scheduler.base_lrs[i]:
-            # The schedule multiplies its base rate: replace that, and scale the present rate by as much.
-            group["lr"] *= rate / scheduler.base_lrs[i]
-            group["initial_lr"] = scheduler.base_lrs[i] = rate

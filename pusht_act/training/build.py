@@ -9,8 +9,8 @@ from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
-from pusht_act.data.dataset import normalization_stats, open_dataset, policy_features, split_episodes
 from pusht_act.data.loader import BatchLoader
+from pusht_act.data.open_dataset import normalization_stats, open_dataset, policy_features, split_episodes
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.policy.act import bf16_is_emulated, make_policy, make_processors
 from pusht_act.policy.fast_dropout import build_dropout

@@ -13,7 +13,7 @@ from pusht_act.data.loader import Batch
 from pusht_act.policy.act import autocast
 from pusht_act.runtime.distributed import all_reduce_sum
 from pusht_act.runtime.errors import UserError
-from pusht_act.training.metrics import MetricAccumulator
+from pusht_act.training.metric_accumulator import MetricAccumulator
 from pusht_act.training.train_step import Loss
 
 

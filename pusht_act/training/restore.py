@@ -5,6 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from pusht_act.checkpoints import checkpoint_io
 from pusht_act.checkpoints.checkpoint import Checkpoint, latest_valid
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
@@ -12,8 +15,8 @@ from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.policy.act import Processors, load_policy, load_processors
-from pusht_act.policy.lerobot import ACTConfig, ACTPolicy
-from pusht_act.policy.optim import make_optimizer, override_restored_hparams
+from pusht_act.policy.lerobot import ACTConfig, ACTPolicy, AdamWConfig
+from pusht_act.policy.optim import make_optimizer
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import is_main, rank, world_size
 from pusht_act.runtime.errors import UserError
@@ -72,6 +75,31 @@ def restore_state(
     position = state.sampler or sampler.state_at(state.step, batch_size or config.batch_size, processes)
     sampler.load_state_dict(position, state.rollbacks)
     return state
+
+
+def override_restored_hparams(
+    optimizer: Optimizer, scheduler: LRScheduler | None, config: AdamWConfig, policy: ACTConfig
+) -> None:
+    """Apply the configured learning rates and options to an optimizer whose state was loaded from a file.
+
+    PyTorch restores the saved learning rate together with the moments, so a new one given on resume would do nothing.
+
+    Args:
+        optimizer: The optimizer, with its loaded state.
+        scheduler: The learning rate schedule with its loaded state, if there is one.
+        config: Options of AdamW.
+        policy: Holds the learning rates of the two parameter groups.
+    """
+    for i, (group, rate) in enumerate(
+        zip(optimizer.param_groups, (policy.optimizer_lr, policy.optimizer_lr_backbone), strict=True)
+    ):
+        group.update(betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay)
+        if scheduler is None:
+            group["lr"] = rate
+        elif rate != scheduler.base_lrs[i]:
+            # The schedule multiplies its base rate: replace that, and scale the present rate by as much.
+            group["lr"] *= rate / scheduler.base_lrs[i]
+            group["initial_lr"] = scheduler.base_lrs[i] = rate
 
 
 def rollback_target(

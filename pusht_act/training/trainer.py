@@ -30,7 +30,7 @@ from pusht_act.runtime.signals import signals
 from pusht_act.training.async_evaluation import AsyncEvaluator, async_evaluator, find_pending, is_due
 from pusht_act.training.checkpoint_manager import CheckpointManager, checkpoint_manager
 from pusht_act.training.extensions import Extensions
-from pusht_act.training.metrics import MetricAccumulator
+from pusht_act.training.metric_accumulator import MetricAccumulator
 from pusht_act.training.nan_guard import DivergedError, NanGuard
 from pusht_act.training.profiler import NullProfiler, StepProfiler, profiling
 from pusht_act.training.progress import ProgressBar

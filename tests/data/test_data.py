@@ -17,9 +17,9 @@ from lerobot.datasets.sampler import EpisodeAwareSampler, compute_sampler_state
 
 from pusht_act.data import lerobot_reader as lerobot_dataset
 from pusht_act.data.cache import FrameDataset, cache_root
-from pusht_act.data.dataset import normalization_stats, split_episodes
 from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.data.loader import BatchLoader
+from pusht_act.data.open_dataset import normalization_stats, split_episodes
 from pusht_act.data.sampler import EpisodeSampler
 from tests.helpers.dataset_config import config
 

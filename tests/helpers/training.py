@@ -9,7 +9,7 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from safetensors.torch import load_file
 
 from pusht_act.data.cache import FrameDataset
-from pusht_act.data.dataset import policy_features
+from pusht_act.data.open_dataset import policy_features
 
 
 def state_files(run: Path, processes: int = 1) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pusht_act
 from pusht_act.runs.loggers import JsonlLogger, LoggerCollection
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.training.metrics import MetricAccumulator
+from pusht_act.training.metric_accumulator import MetricAccumulator
 from tests.helpers.config import config
 from tests.helpers.runs import TINY
 from tests.helpers.wandb_runs import forget_settings, history, lines, records

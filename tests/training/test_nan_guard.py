@@ -14,9 +14,9 @@ from lerobot.optim import AdamWConfig
 
 import pusht_act
 from pusht_act.checkpoints.checkpoint_io import TrainComponents
-from pusht_act.data.dataset import normalization_stats
 from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.data.loader import BatchLoader
+from pusht_act.data.open_dataset import normalization_stats
 from pusht_act.job import Result
 from pusht_act.policy.act import make_policy, make_processors
 from pusht_act.policy.optim import make_optimizer

@@ -20,9 +20,9 @@ import pusht_act
 from pusht_act.checkpoints.checkpoint_io import TrainComponents
 from pusht_act.config.schema import TrainConfig
 from pusht_act.data.cache import FrameDataset
-from pusht_act.data.dataset import normalization_stats
 from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.data.loader import BatchLoader
+from pusht_act.data.open_dataset import normalization_stats
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.job import Result
 from pusht_act.policy import act as policy_module
