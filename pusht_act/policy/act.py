@@ -91,7 +91,7 @@ def _to_device(policy: ACTPolicy) -> ACTPolicy:
 
 
 def make_processors(config: ACTConfig, stats: dict[str, dict[str, Tensor]]) -> Processors:
-    """Make the processors of an untrained policy; `stats` come from `data.dataset.normalization_stats`."""
+    """Make the processors of an untrained policy; `stats` come from `data.open_dataset.normalization_stats`."""
     return Processors(*make_act_pre_post_processors(config, stats))
 
 
