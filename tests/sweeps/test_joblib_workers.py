@@ -99,7 +99,7 @@ def mapped(job: Job) -> dict[str, tuple[str, int, int]]:
 @pytest.mark.slow
 def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    command = tiny_command("steps=800", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
+    command = tiny_command("steps=3000", "log_freq=2", "policy.n_heads=3,4", "seed=1,2", *JOBLIB)
     with Launcher(folder, *command, f"hydra.sweep.dir={folder}") as launcher:
         under_way = launcher.halted(2, 3)
         maps = [mapped(job) for job in under_way]
@@ -130,10 +130,10 @@ def test_jobs_share_data_cores_and_gpus_and_end_with_their_launcher(tmp_path: Pa
     printed = again.output.read_text()
     assert states(printed) == [["0", "failed", "2"], ["1", "failed", "2"], ["2", "done", "2"], ["3", "done", "2"]]
     # A loaded machine may let one come to its last step before it is stopped.
-    unfinished = sum(step < 800 for step in saved)
-    assert len(re.findall(r"job [23]: resuming from \S+/checkpoints/000\d{3}", printed)) == unfinished, (saved, printed)
+    unfinished = sum(step < 3000 for step in saved)
+    assert len(re.findall(r"job [23]: resuming from \S+/checkpoints/00\d{4}", printed)) == unfinished, (saved, printed)
     assert "pusht-act: 2 of 4 jobs are not done (job 0: policy.dim_model=32 is not a multiple" in printed
-    assert [job.step for job in load_jobs(folder)] == [None, None, 800, 800]
+    assert [job.step for job in load_jobs(folder)] == [None, None, 3000, 3000]
 
 
 @pytest.mark.slow
