@@ -147,6 +147,13 @@ def run_worker(extensions: "Extensions | None" = None) -> Result:
     return Result(run.path, training.step, training.metrics)
 
 
+def _resolve_automatic(config: Config, start: Checkpoint | None) -> Config:
+    """Replace automatic values; the first import of torch on rank 0."""
+    from pusht_act.training.automatic import resolve_automatic
+
+    return resolve_automatic(config, start)
+
+
 def _build_trainer(config: Config, start: Checkpoint | None, extensions: "Extensions | None") -> "Trainer":
     """Build the trainer on every rank; the first import of torch and lerobot."""
     from pusht_act.config.lerobot import decode
@@ -242,6 +249,8 @@ def _train(job: ResolvedJob) -> Result:
         ensure_unused(run.path, config.overwrite)
 
     # From here on the other ranks take part (see run_worker).
+    config = _resolve_automatic(config, start)
+    job = dataclasses.replace(job, config=config)
     broadcast_from_main((config, start))
     trainer = _build_trainer(config, start, job.extensions)
     metadata: dict[str, Any] = {"config": to_dict(config), "choices": choices}

@@ -15,7 +15,7 @@ from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, last_c
 from pusht_act.checkpoints.manifest import ALL_FILES
 from pusht_act.config.aliases import rename_config
 from pusht_act.config.overrides import flatten, is_output_dir_typed
-from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS, Config, Mode, to_dict
+from pusht_act.config.schema import AUTOMATIC, METADATA_FILE, OUR_SECTIONS, Config, Mode, to_dict
 from pusht_act.runs.run_dir import RunDir, ensure_unused
 from pusht_act.runtime.errors import UserError
 
@@ -90,6 +90,7 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
             f"{checkpoint.directory} was not written by mode=test or mode=full, so resume.auto=true cannot tell "
             "whether it is the same run: use mode=resume, or give another output_dir= or job_name="
         )
+    _keep_decisions(was, config)
     differing = [f"{key}: was {old}, now {new}" for key, old, new in _differences(was, config, RESULT_NEUTRAL_KEYS)]
     if differing and not config.overwrite:
         raise UserError(
@@ -97,6 +98,15 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
             f"({'; '.join(differing)}): give the same values, another output_dir= or job_name=, or overwrite=true"
         )
     return None if differing else checkpoint
+
+
+def _keep_decisions(was: dict[str, Any], config: Config) -> None:
+    """Give `config` what the run decided where it leaves that open; what could be had by now changes nothing."""
+    for key, undecided in AUTOMATIC.items():
+        section, _, name = key.partition(".")
+        values = config.policy if section == "policy" else vars(getattr(config, section))
+        if values.get(name) == undecided and name in was.get(section, {}):
+            values[name] = was[section][name]
 
 
 def has_no_checkpoint_yet(run: RunDir) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pusht_act.config.schema import EMBEDDED_REPO_ID, Config, Mode
+from pusht_act.config.schema import AUTO, EMBEDDED_REPO_ID, Config, Mode
 from pusht_act.runtime.errors import UserError
 
 RESTORED = ("policy.optimizer_lr", "policy.optimizer_lr_backbone", "policy.optimizer_weight_decay")
@@ -87,7 +87,7 @@ def _optimizer_flags(config: Config) -> dict[str, Any]:
     from pusht_act.config.lerobot import decode  # takes seconds, but the defaults are LeRobot's
 
     # The command may be for elsewhere.
-    here = dataclasses.replace(config, policy={**config.policy, "device": "cpu"})
+    here = dataclasses.replace(config, policy={**_policy(config), "device": "cpu"})
     constant = {"type": "constant_with_warmup", "num_warmup_steps": 0}
     return {
         "use_policy_training_preset": False,
@@ -128,8 +128,8 @@ def _eval_flags(config: Config, model_dir: Path) -> dict[str, Any]:
 
 
 def _policy(config: Config) -> dict[str, Any]:
-    """Without `device: auto`, which is what stock does when it is not told."""
-    return {k: v for k, v in config.policy.items() if (k, v) != ("device", "auto")}
+    """Without what is automatic: stock then takes a GPU where there is one, and ImageNet's weights."""
+    return {key: value for key, value in config.policy.items() if value != AUTO}
 
 
 def _changed(flags: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

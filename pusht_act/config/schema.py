@@ -42,6 +42,10 @@ ROLLOUTS = (*TRAINING, Mode.eval)
 """Modes that roll a policy out."""
 NOT_STATUS = (*ROLLOUTS, Mode.demos)
 """Modes that write something."""
+AUTO = "auto"
+"""The value of an option that is decided where the job runs, and kept from then on (training/automatic.py)."""
+AUTOMATIC = {"policy.pretrained_backbone_weights": AUTO, "train.precision": AUTO, "train.backbone_norm": None}
+"""Options that may be decided so, and the value that leaves them open."""
 EMBEDDED_REPO_ID = "pusht_act/demos"
 MAX_DEMOS = 2000
 PROFILED_STEPS = 25
@@ -180,10 +184,27 @@ class TrainConfig:
     checkpoint and continues with the data in another order."""
     max_rollbacks: int = option(ge=0)
     """How often the run may roll back in all, before it stops with an error."""
-    precision: str | None = option(choices=("fp32", "bf16"))
+    precision: str | None = option(choices=("fp32", "bf16", AUTO))
     """Precision of training: fp32 (on a GPU with TF32 matrix products, as in stock LeRobot) or bf16 (autocast; weights
-    and AdamW stay fp32). null: bf16 with policy.use_amp=true, else fp32. Evaluations use policy.use_amp alone, which a
+    and AdamW stay fp32). auto: bf16 where the device has it in hardware, else fp32; the run keeps what was chosen.
+    null: bf16 with policy.use_amp=true, else fp32. Evaluations use policy.use_amp alone, which a
     checkpoint keeps, so that mode=eval repeats them."""
+    backbone_norm: str | None = option(choices=("batch", "frozen"))
+    """Norm layers of the image backbone. frozen: LeRobot's, whose statistics never change; they fit ImageNet's weights.
+    batch: batch norm, which random weights need to learn at all; its statistics are made exact over 1,536 training
+    frames before each evaluation and save, and a checkpoint holds them as frozen layers, which stock LeRobot reads.
+    null: batch for random weights, frozen for ImageNet's, what it was trained with for a checkpoint."""
+    mirror: float = option(ge=0, le=1)
+    """Probability with which a training sample is replaced by its mirror image, the reflection across the goal's axis.
+    Statistics are then those of the samples and their mirror images. Of the 2,000 built-in demonstrations, 64 do not
+    solve the task when they are reflected."""
+    random_shift: int = option(ge=0)
+    """Largest shift in pixels of each training image in each direction, drawn anew for each sample; 0: none. The border
+    is repeated. Nothing is shifted in validation and evaluation."""
+    state_noise: float = option(ge=0)
+    """Standard deviation in px of normal noise on the agent's position in training; 0: none."""
+    chunk_discount: float = option(gt=0, le=1)
+    """Weight of a chunk's action relative to the one before it. 1: all weigh the same. Weights have mean 1."""
     compile: bool | None = MISSING
     """Compile the loss and its gradient to fused kernels, which takes a minute or more; null: on a GPU only. An epoch's
     last, short batch is not compiled. Dropout and VAE noise then draw different random numbers."""

@@ -10,6 +10,7 @@ from pusht_act.config.lerobot import LeRobotConfig, PushtEnv, observation_keys
 from pusht_act.config.schema import EMBEDDED_REPO_ID, Config
 from pusht_act.data.cache import FrameDataset
 from pusht_act.data.lerobot import ACTION, IMAGENET_STATS, to_policy_features
+from pusht_act.data.mirror import statistics_with_mirror_images
 from pusht_act.runtime.errors import UserError
 
 
@@ -46,15 +47,19 @@ def _check_observations(frames: FrameDataset, env: PushtEnv) -> None:
     )
 
 
-def normalization_stats(frames: FrameDataset, use_imagenet_stats: bool) -> dict[str, dict[str, Tensor]]:
+def normalization_stats(
+    frames: FrameDataset, use_imagenet_stats: bool, mirror: bool = False
+) -> dict[str, dict[str, Tensor]]:
     """Return the statistics that normalize each feature, under LeRobot's names.
 
     Args:
         frames: The data set.
         use_imagenet_stats: Take ImageNet's mean and standard deviation for images, as stock training does by default.
+        mirror: Count each frame's mirror image, too.
     """
+    found = statistics_with_mirror_images(frames) if mirror else frames.stats
     stats = {
-        key: {name: torch.tensor(value, dtype=torch.float32) for name, value in frames.stats[key].items()}
+        key: {name: torch.tensor(value, dtype=torch.float32) for name, value in found[key].items()}
         for key in frames.arrays
     }
     if use_imagenet_stats:

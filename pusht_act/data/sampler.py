@@ -44,6 +44,10 @@ class EpisodeSampler:
         self._start_index += len(positions)
         return torch.from_numpy(self._indices[positions])
 
+    def draw(self, count: int, generator: torch.Generator) -> Int64[Tensor, " N"]:
+        """Return up to `count` different frame numbers by `generator`, which leaves the order of training as it is."""
+        return torch.from_numpy(self._indices[torch.randperm(len(self), generator=generator)[:count].numpy()])
+
     def state_dict(self) -> dict[str, int]:
         """Return the position in the form of LeRobot's sampler."""
         return {"epoch": self._epoch, "start_index": self._start_index}

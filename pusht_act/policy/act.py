@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import Tensor
 
+from pusht_act.policy.batch_norm import use_batch_statistics
 from pusht_act.policy.lerobot import (
     ACTION,
     OBS_IMAGES,
@@ -42,24 +43,31 @@ class Processors:
     post: PolicyProcessorPipeline[Any, Any]
 
 
-def make_policy(config: ACTConfig) -> ACTPolicy:
+def make_policy(config: ACTConfig, backbone_norm: str = "frozen") -> ACTPolicy:
     """Make an untrained ACT on `config.device`; its weights draw from PyTorch's global generator.
+
+    Args:
+        config: what to make.
+        backbone_norm: "batch" for norms that follow the training batches (batch_norm.py), or LeRobot's "frozen" ones.
 
     Raises:
         UserError: The pretrained weights of the backbone cannot be downloaded.
     """
     try:
-        return _to_device(ACTPolicy(config))
+        policy = ACTPolicy(config)
     except OSError as error:
         # torchvision downloads by urllib, whose errors are OSErrors.
         raise UserError(
             f"policy.pretrained_backbone_weights={config.pretrained_backbone_weights} cannot be downloaded ({error}): "
             "give policy.pretrained_backbone_weights=null to start from random weights"
         ) from error
+    if backbone_norm == "batch":
+        use_batch_statistics(policy, fresh=config.pretrained_backbone_weights is None)
+    return _to_device(policy)
 
 
-def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
-    """Load the ACT whose weights are in `directory`/model.safetensors.
+def load_policy(config: ACTConfig, directory: Path, backbone_norm: str = "frozen") -> ACTPolicy:
+    """Load the ACT whose weights are in `directory`/model.safetensors; `backbone_norm` is as for `make_policy`.
 
     Raises:
         UserError: The file is missing, damaged, or of another architecture than `config`.
@@ -76,6 +84,8 @@ def load_policy(config: ACTConfig, directory: Path) -> ACTPolicy:
         # Keys or shapes differ.
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} holds another policy than policy.* describes: {reason}") from error
+    if backbone_norm == "batch":
+        use_batch_statistics(policy, fresh=False)
     return _to_device(policy)
 
 
@@ -119,6 +129,7 @@ def act_loss(
     batch: Mapping[str, Tensor],
     counts: Float[Tensor, "2"] | None = None,
     action_loss: Callable[[Tensor, Tensor], Tensor] = l1_loss,
+    discount: float = 1.0,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """Return ACT's loss on a normalized batch: L1 over actions that are not padding, plus kl_weight times the KL term.
 
@@ -131,6 +142,7 @@ def act_loss(
         counts: `valid_counts` of the whole batch of which `batch` is a shard. The loss is then the shard's part of the
             whole's: those of all shards add up to it.
         action_loss: (predicted, target), both [B, T, A] -> the error of each element.
+        discount: weight of a chunk's action relative to the one before it.
 
     Returns:
         The loss and its parts: kld_loss and l1_loss (action_loss where another one is given).
@@ -142,6 +154,9 @@ def act_loss(
 
     # A chunk that reaches past its episode's end is padded, which does not count.
     error = action_loss(actions_hat, batch[ACTION])
+    if discount != 1.0:
+        weights = discount ** torch.arange(error.shape[1], device=error.device)
+        error = error * (weights / weights.mean())[:, None]
     valid = ~batch["action_is_pad"].unsqueeze(-1)
     n_valid = valid.sum() if counts is None else counts[0]
     mean_error = (error * valid).sum() / (n_valid * error.shape[-1]).clamp_min(1)

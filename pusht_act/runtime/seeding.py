@@ -30,6 +30,11 @@ def seed_training_noise(seed: int, process: int = 0) -> None:
     torch.manual_seed(_derived(seed, f"training noise of process {process}" if process else "training noise"))
 
 
+def statistics_generator(seed: int, step: int) -> torch.Generator:
+    """Return the generator that draws the frames of batch norm's statistics at `step`, apart from training's."""
+    return torch.Generator().manual_seed(_derived(seed, f"statistics at step {step}"))
+
+
 def _derived(seed: int, stream: str) -> int:
     """Return a seed for `stream`, different from that of any other stream and from small numbers."""
     return int(np.random.SeedSequence([seed, *stream.encode()]).generate_state(1, dtype=np.uint64)[0])

@@ -15,6 +15,7 @@ from pusht_act.config.overrides import is_output_dir_typed
 from pusht_act.config.schema import Metric, Mode
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import LockOwner
+from pusht_act.sweeps.backbone_weights import decide_for_sweep
 from pusht_act.sweeps.state import FINISHED, IDENTITY, Job, describe_difference, load_job, result_overrides, write_job
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def run_sweep_job(
     # A signal is no Exception: then the job is recorded as interrupted.
     ended = replace(started, state="interrupted")
     try:
+        decide_for_sweep(cfg, directory)
         result = execute(cfg, node)
         state = "pruned" if result.pruned else "done"
         ended = replace(started, state=state, step=result.step, objective=result.metrics.get(started.metric))

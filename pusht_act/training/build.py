@@ -23,7 +23,8 @@ from pusht_act.runtime.distributed import (
 )
 from pusht_act.runtime.seeding import seed_initialisation, seed_training_noise
 from pusht_act.training.async_evaluation import find_pending
-from pusht_act.training.extensions import Extensions
+from pusht_act.training.augmentation import build_augmentation
+from pusht_act.training.extensions import Extensions, Transform
 from pusht_act.training.restore import build_components, check_compatible, load_components, restore_state
 from pusht_act.training.train_step import StepOptions, bind_loss, compile_loss
 from pusht_act.training.trainer import Trainer
@@ -78,8 +79,8 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
     if model_dir is not None:
         components = load_components(config, lerobot, model_dir)
     else:
-        policy = make_policy(lerobot.policy)
-        stats = normalization_stats(frames, lerobot.dataset.use_imagenet_stats)
+        policy = make_policy(lerobot.policy, str(config.train.backbone_norm))
+        stats = normalization_stats(frames, lerobot.dataset.use_imagenet_stats, config.train.mirror > 0)
         components = build_components(config, lerobot, policy, make_processors(lerobot.policy, stats))
     # The optimizer is loaded in place, then the random streams, the last to be touched.
     if start is None:
@@ -98,7 +99,7 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
         sampler=sampler,
         held_out=torch.cat(held_out) if held_out else torch.empty(0, dtype=torch.long),
         extensions=extensions,
-        options=_step_options(config, lerobot, extensions),
+        options=_step_options(config, lerobot, extensions, build_augmentation(config.train, frames)),
         start=start,
         pending_model=find_pending(start, state, config.steps) if start is not None else None,
     )
@@ -115,16 +116,18 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
     return trainer
 
 
-def _step_options(config: Config, lerobot: LeRobotConfig, extensions: Extensions) -> StepOptions:
+def _step_options(
+    config: Config, lerobot: LeRobotConfig, extensions: Extensions, augmentation: list[Transform]
+) -> StepOptions:
     """Choose how a step is taken; refuse what this machine does not have before a run directory is touched."""
-    loss = bind_loss(extensions.loss)
+    loss = bind_loss(extensions.loss, config.train.chunk_discount)
     return StepOptions(
         grad_clip_norm=lerobot.optimizer.grad_clip_norm,
         precision=config.train.precision,
         loss=loss,
         full_batch_loss=compile_loss(loss, config.train, torch.device(str(lerobot.policy.device))),
         dropout=build_dropout(config.train, lerobot.policy),
-        transforms=extensions.transforms,
+        transforms=[*augmentation, *extensions.transforms],
     )
 
 

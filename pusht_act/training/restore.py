@@ -41,7 +41,7 @@ def load_components(config: Config, lerobot: LeRobotConfig, model_dir: Path) -> 
     Raises:
         UserError: the checkpoint is damaged or holds another policy.
     """
-    policy = load_policy(lerobot.policy, model_dir)
+    policy = load_policy(lerobot.policy, model_dir, str(config.train.backbone_norm))
     return build_components(config, lerobot, policy, load_processors(lerobot.policy, model_dir))
 
 

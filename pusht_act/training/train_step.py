@@ -30,7 +30,8 @@ from torch.nn.utils import clip_grad_norm_
 from pusht_act.checkpoints.checkpoint_io import TrainComponents
 from pusht_act.config.schema import TrainConfig
 from pusht_act.data.loader import INDEX, Batch, BatchIndices, BatchLoader
-from pusht_act.policy.act import act_loss, autocast, valid_counts
+from pusht_act.policy.act import act_loss, autocast, l1_loss, valid_counts
+from pusht_act.policy.batch_norm import empty_shard
 from pusht_act.policy.fast_dropout import Dropout
 from pusht_act.policy.lerobot import ACTPolicy
 from pusht_act.runtime.distributed import all_reduce_sum, world_size
@@ -75,8 +76,9 @@ def train_step(components: TrainComponents, batch: Batch, options: StepOptions) 
     """
     # On several ranks each loss is a share of the batch's, so gradients and losses are summed, not averaged.
     policy, optimizer = components.policy.train(), components.optimizer
+    is_empty = not len(batch["action_is_pad"])
     batch, counts = _with_global_counts(batch)
-    with options.phase("forward"), autocast(policy, options.precision), options.dropout():
+    with options.phase("forward"), autocast(policy, options.precision), options.dropout(), empty_shard(is_empty):
         loss, parts = options.loss(policy, batch, counts)
 
     with options.phase("backward"):
@@ -187,13 +189,18 @@ def build_graph_backend(config: TrainConfig, device: torch.device) -> GraphBacke
     return CudaGraphs(device) if device.type == "cuda" and not config.profile and world_size() == 1 else None
 
 
-def bind_loss(action_loss: ActionLoss | None) -> Loss:
-    """Return `act_loss` with another loss of the actions in it, if one is given."""
-    if action_loss is None:
+def bind_loss(action_loss: ActionLoss | None, discount: float = 1.0) -> Loss:
+    """Return `act_loss` with another loss of the actions in it, if one is given, and its errors weighted.
+
+    Args:
+        action_loss: as `pusht_act.run` takes it; None: ACT's L1.
+        discount: the weight of a chunk's action relative to the one before it.
+    """
+    if action_loss is None and discount == 1.0:
         return act_loss
 
     def loss(policy: ACTPolicy, batch: Batch, counts: Tensor | None = None) -> tuple[Tensor, Losses]:
-        return act_loss(policy, batch, counts, action_loss)
+        return act_loss(policy, batch, counts, action_loss or l1_loss, discount)
 
     return loss
 

@@ -22,10 +22,12 @@ from pusht_act.data.loader import Batch, BatchIndices, BatchLoader
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.evaluation.records import Evaluation
 from pusht_act.policy.act import autocast
+from pusht_act.policy.batch_norm import live_norms, update_statistics
 from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import agree, broadcast_from_main, is_main, world_size
 from pusht_act.runtime.malloc import keep_freed_memory
+from pusht_act.runtime.seeding import statistics_generator
 from pusht_act.runtime.signals import signals
 from pusht_act.training.async_evaluation import AsyncEvaluator, async_evaluator, find_pending, is_due
 from pusht_act.training.checkpoint_manager import CheckpointManager, checkpoint_manager
@@ -39,6 +41,8 @@ from pusht_act.training.train_step import Loss, Losses, StepOptions, TrainStep, 
 
 log = logging.getLogger(__name__)
 
+NORM_FRAMES = 1536
+"""Frames of the training data from which batch norm's statistics are computed."""
 Report = Callable[[int, dict[str, float]], bool]
 """Takes a step and the metrics of its evaluation; returns whether to prune the run."""
 
@@ -81,6 +85,8 @@ class Trainer:
     train_step: TrainStep = field(init=False)
     metrics: MetricAccumulator = field(init=False)
     progress: ProgressBar = field(init=False)
+    _norms_at: int = field(init=False, default=0)
+    """The step whose weights the norms' statistics are those of."""
 
     def fit(self, run: RunDir, metadata: dict[str, Any], report: Report | None = None) -> TrainResult:
         """Train to `config.steps` and write everything into `run`.
@@ -170,6 +176,7 @@ class Trainer:
         """Log the mean loss over the held-out frames."""
         # Deterministic in eval mode, so one rank does it for all.
         if is_main():
+            self.update_norms()
             loss = validation_loss(
                 self.components, self.loader, self.held_out, self.config.batch_size, self.options.loss
             )
@@ -190,7 +197,23 @@ class Trainer:
             is_due = self.evaluator.is_due(self.step)
             self.evaluator.poll(wait=is_due or self.is_last_step)
             if is_due and not self.is_pruned:
+                self.update_norms()
                 self.evaluator.submit(self.step)
+
+    def update_norms(self) -> None:
+        """Make the statistics of live batch norms exact for the weights of this step, on rank 0, which alone uses them.
+
+        They are those of NORM_FRAMES training frames without transforms, which evaluation does not have either.
+        """
+        if self._norms_at == self.step or not live_norms(self.components.policy):
+            return
+        self._norms_at = self.step
+        frames = self.sampler.draw(NORM_FRAMES, statistics_generator(self.config.seed, self.step))
+        parts = torch.split(frames, self.config.batch_size)
+        with self.profiler.phase("norms"), autocast(self.components.policy):
+            update_statistics(
+                self.components.policy, (self.components.processors.pre(self.loader.batch(part)) for part in parts)
+            )
 
     def wants_checkpoint(self) -> bool:
         """Return whether this rank asks for a checkpoint of this step."""
@@ -205,6 +228,8 @@ class Trainer:
             self.guard.check_skipped(self.step, self.metrics)
             self.guard.check_finite(self.step, batch)
         if self.config.save_checkpoint:
+            if is_main():
+                self.update_norms()
             with self.profiler.phase("saving"):
                 self.state.step, self.state.sampler = self.step, self.sampler.state_dict()
                 self.state.window = self.metrics.sums()
@@ -291,6 +316,7 @@ class Trainer:
         if self.loggers is not None:
             self.state.wandb_run_id = self.loggers.wandb_run_id
         self.metrics, self.means, self._pruned = MetricAccumulator(self.state.window), {}, False
+        self._norms_at = self.state.step
         device = str(self.lerobot.policy.device)
         with ExitStack() as stack:
             enter = stack.enter_context

@@ -1,0 +1,56 @@
+"""Decide what a configuration leaves open, once, so that the run, its checkpoints and its logs say what was chosen."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.config.lerobot import resolve_device
+from pusht_act.config.schema import AUTO, METADATA_FILE, Config
+from pusht_act.policy.backbone_weights import available_weights
+from pusht_act.policy.torch_internals import cpu_has_bf16
+
+
+def resolve_automatic(config: Config, start: Checkpoint | None) -> Config:
+    """Return `config` with its automatic values replaced by what they come to on this machine.
+
+    Args:
+        config: the job's.
+        start: the checkpoint that it resumes.
+    """
+    policy, train = dict(config.policy), config.train
+    if start is None and (pretrained := policy.get("pretrained_path")):
+        start = Checkpoint(Path(pretrained))
+    if policy.get("pretrained_backbone_weights") == AUTO:
+        # A checkpoint brings weights of its own, and keypoints have no backbone.
+        needed = start is None and config.env.get("obs_type", "pixels_agent_pos") == "pixels_agent_pos"
+        backbone = policy.get("vision_backbone", "resnet18")
+        policy["pretrained_backbone_weights"] = available_weights(backbone) if needed else None
+    if train.precision == AUTO:
+        train = replace(train, precision="bf16" if _has_bf16(policy.get("device", AUTO)) else "fp32")
+    if train.backbone_norm is None:
+        norm = _norm_of(start) if start is not None else _norm_for(policy.get("pretrained_backbone_weights", ""))
+        train = replace(train, backbone_norm=norm)
+    return replace(config, policy=policy, train=train)
+
+
+def _has_bf16(device: str) -> bool:
+    """Return whether `device` computes in bfloat16 by itself."""
+    on_cpu = torch.device(resolve_device(device)).type == "cpu"
+    return cpu_has_bf16() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _norm_for(weights: str | None) -> str:
+    """Return the norm that fits the backbone's first `weights`; None: random ones."""
+    return "batch" if weights is None else "frozen"
+
+
+def _norm_of(checkpoint: Checkpoint) -> str:
+    """Return the norm that a checkpoint was trained with; stock LeRobot and older versions of ours have frozen ones."""
+    try:
+        norm = json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"]["train"]["backbone_norm"]
+    except (OSError, KeyError):
+        return "frozen"
+    return str(norm)
