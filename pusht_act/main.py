@@ -35,6 +35,7 @@ from pusht_act.config.validation import to_config
 from pusht_act.job import Result, run_job, run_worker
 from pusht_act.runtime.distributed import PeerLostError, distributed_context, world_size
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.process_pool import refuse_in_starting_worker
 from pusht_act.runtime.signals import StopSignal, signals
 from pusht_act.sweeps.joblib_workers import stopping
 from pusht_act.sweeps.pruning import reporter
@@ -94,6 +95,7 @@ def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "
         UserError, OSError: what the command line prints as one line.
         StopSignal: a signal such as Ctrl-C stopped it; it is a BaseException, not an Exception.
     """
+    refuse_in_starting_worker()
     extensions = Extensions(loss, transforms)
     with distributed_context(USER_ERRORS) as is_main:
         return _run(overrides, extensions) if is_main else run_worker(extensions)
