@@ -6,6 +6,8 @@ dropout and the VAE's noise, step by step. The functions below seed it before ea
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,6 +30,18 @@ def seed_training_noise(seed: int, process: int = 0) -> None:
     """
     # Rank 0's stream has no number in its name, so that it is that of a run with a single process.
     torch.manual_seed(_derived(seed, f"training noise of process {process}" if process else "training noise"))
+
+
+@contextmanager
+def preserved_random_streams(device: torch.device) -> Iterator[None]:
+    """Leave the global generators, those of `device` included, as they were before the block."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _derived(seed: int, stream: str) -> int:
