@@ -17,6 +17,9 @@ from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.seeding import preserved_random_streams
 from pusht_act.training.extensions import ActionLoss, Extensions, Transform, name_of
 
+Form = tuple[Any, ...]
+"""A tensor's dtype, shape and device; the class of anything else."""
+
 
 def check_extensions(
     extensions: Extensions, components: TrainComponents, batch: Batch, precision: str | None = None
@@ -64,12 +67,12 @@ def checked_loss(loss: ActionLoss) -> ActionLoss:
 
 
 def _check_error(loss: ActionLoss, error: Any, predicted: Tensor) -> None:
-    if isinstance(error, Tensor) and error.is_floating_point() and _place(error) == _place(predicted):
+    if isinstance(error, Tensor) and error.is_floating_point() and _form(error)[1:] == _form(predicted)[1:]:
         if error.requires_grad or not predicted.requires_grad:
             return
         returned = "a tensor without a gradient"
     else:
-        returned = _described(error)
+        returned = _described(_form(error))
     raise UserError(
         f"loss={name_of(loss)} returned {returned}: give the error of each element, a floating-point tensor of shape "
         f"{list(predicted.shape)} on {predicted.device} that is differentiable"
@@ -84,7 +87,7 @@ def apply_transforms(batch: Batch, transforms: Sequence[Transform]) -> Batch:
     """
     for transform in transforms:
         # Its dictionary may be changed in place.
-        given = {key: _described(value) for key, value in batch.items()}
+        given = {key: _form(value) for key, value in batch.items()}
         batch = transform(batch)
         if objection := _objection_to_batch(batch, given):
             raise UserError(
@@ -94,25 +97,25 @@ def apply_transforms(batch: Batch, transforms: Sequence[Transform]) -> Batch:
     return batch
 
 
-def _objection_to_batch(batch: Any, given: dict[str, str]) -> str | None:
+def _objection_to_batch(batch: Any, given: dict[str, Form]) -> str | None:
     if not isinstance(batch, dict):
-        return _described(batch)
+        return _described(_form(batch))
     if missing := given.keys() - batch.keys():
         return f"no {min(missing)}"
     if new := batch.keys() - given.keys():
         return f"{min(map(str, new))}, which it was not given"
     for key, was in given.items():
-        if (now := _described(batch[key])) != was:
-            return f"{key} as {now}, which was {was}"
+        if (now := _form(batch[key])) != was:
+            return f"{key} as {_described(now)}, which was {_described(was)}"
     return None
 
 
-def _place(tensor: Tensor) -> tuple[torch.Size, torch.device]:
-    return tensor.shape, tensor.device
+def _form(value: Any) -> Form:
+    return (value.dtype, value.shape, value.device) if isinstance(value, Tensor) else (type(value),)
 
 
-def _described(value: Any) -> str:
-    """Describe a tensor by its form, anything else by its class."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return "None" if value is None else f"a {type(value).__name__}"
+def _described(form: Form) -> str:
+    if len(form) == 3:
+        dtype, shape, device = form
+        return f"{str(dtype).removeprefix('torch.')} {list(shape)} on {device}"
+    return "None" if form[0] is type(None) else f"a {form[0].__name__}"

@@ -45,12 +45,14 @@ class Extensions:
 
     def __post_init__(self) -> None:
         if self.loss is not None and not callable(self.loss):
-            raise UserError(f"loss={self.loss!r} cannot be called: give a function (predicted, target) -> error")
+            raise UserError(f"loss={_line(self.loss)} cannot be called: give a function (predicted, target) -> error")
         if not isinstance(self.transforms, list | tuple):
-            raise UserError(f"transforms={self.transforms!r} is no list: give one, such as transforms=[shift_image]")
+            raise UserError(
+                f"transforms={_line(self.transforms)} is no list: give one, such as transforms=[shift_image]"
+            )
         for transform in self.transforms:
             if not callable(transform):
-                raise UserError(f"transforms: {transform!r} cannot be called: give functions batch -> batch")
+                raise UserError(f"transforms: {_line(transform)} cannot be called: give functions batch -> batch")
         self.metadata()
 
     def metadata(self) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def name_of(function: Any) -> str:
 
 def _name_of_object(function: Any) -> str:
     """Return the class and settings of an object that is called, such as a torch.nn.Module, by its repr."""
-    module, text = type(function).__module__, " ".join(repr(function).split())
+    module, text = type(function).__module__, _line(function)
     if re.search(r" at 0x[0-9a-fA-F]+", text):
         raise UserError(
             f"{text} has another name in each process, so no resume could recognize it: give {type(function).__name__} "
@@ -141,7 +143,7 @@ def _setting(value: Any, function: Any) -> str:
     if callable(value):
         return name_of(value)
     raise UserError(
-        f"{function}: {value!r} cannot be compared on resume: give numbers, texts or lists of them, "
+        f"{_line(function)}: {_line(value)} cannot be compared on resume: give numbers, texts or lists of them, "
         "or use an object whose class has a __repr__"
     )
 
@@ -152,6 +154,10 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         return all(map(_is_plain, [*value, *value.values()]))
     return value is None or isinstance(value, int | float | str)
+
+
+def _line(value: Any) -> str:
+    return " ".join(repr(value).split())
 
 
 def _shown(names: str | list[str] | None) -> str:

@@ -190,6 +190,10 @@ def test_a_transform_that_returns_something_else_is_refused(transform: Any, retu
     ("given", "said"),
     [
         ({"transforms": noisy}, "is no list: give one, such as transforms=[shift_image]"),
+        (
+            {"transforms": torch.nn.Sequential(torch.nn.Identity())},
+            "transforms=Sequential( (0): Identity() ) is no list",
+        ),
         ({"transforms": [noisy, 3]}, "transforms: 3 cannot be called"),
         ({"transforms": "noisy"}, "transforms='noisy' is no list"),
         ({"loss": "huber"}, "loss='huber' cannot be called"),
@@ -281,6 +285,7 @@ def test_names_hold_the_settings() -> None:
             functools.partial(made_by_default, torch.tensor(0.5)),
             "tensor(0.5000) cannot be compared on resume: give numbers",
         ),
+        (functools.partial(huber, torch.ones(2, 2)), "tensor([[1., 1.], [1., 1.]]) cannot be compared on resume"),
         (functools.partial(lambda batch: batch), "a lambda has no name"),
         (made(0.5), "made.<locals>.loss takes values from the function around it, which no resume could compare"),
         (made_by_default(torch.tensor(0.5)), "tensor(0.5000) cannot be compared on resume: give numbers"),
@@ -288,8 +293,9 @@ def test_names_hold_the_settings() -> None:
 )
 def test_what_no_resume_could_tell_apart_is_refused(function: Any, said: str) -> None:
     for extensions in ({"loss": function}, {"transforms": [function]}):
-        with pytest.raises(UserError, match=re.escape(said)):
+        with pytest.raises(UserError, match=re.escape(said)) as caught:
             Extensions(**extensions)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
