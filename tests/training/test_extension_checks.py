@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import pusht_act
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.signals import StopSignal
 from pusht_act.training import build
 from pusht_act.training.extensions import Extensions, name_of
 from tests.helpers.runs import tiny_command
@@ -394,6 +396,33 @@ def test_a_longer_run_is_one_of_the_same_functions(said: Callable[[str], str], i
     names = {"pusht_act": pusht_act, HERE.partition(".")[0]: __import__(HERE)}
     pusht_act.run(tiny_command("output_dir=run", "steps=1", *schedule), loss=huber)
     assert eval(said("to train twice as long: "), names).step == 2
+
+
+class Stopping:
+    """A transform that is sent a signal in the first step; its first call is the check."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __repr__(self) -> str:
+        return "Stopping()"
+
+    def __call__(self, batch: Batch) -> Batch:
+        self.calls += 1
+        if self.calls == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return batch
+
+
+def test_the_line_of_a_stopped_run_is_python_that_resumes_it(said: Callable[[str], str], in_tmp: Path) -> None:
+    with pytest.raises(StopSignal):
+        pusht_act.run(tiny_command("output_dir=run", "steps=3"), transforms=[Stopping()])
+    line = said("stopped by SIGTERM after step 1, saved run/checkpoints/000001; to resume: ")
+    assert line.endswith(f"'output_dir=run', 'steps=3'], transforms=[{HERE}.Stopping()])")
+    # Made anew, it stops again in its first step.
+    with pytest.raises(StopSignal) as stopped:
+        eval(line, {"pusht_act": pusht_act, HERE.partition(".")[0]: __import__(HERE)})
+    assert stopped.value.step == 2
 
 
 def test_the_advice_on_divergence_names_the_loss(tmp_path: Path) -> None:
