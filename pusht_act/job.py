@@ -32,15 +32,15 @@ from pusht_act.config.lerobot_command import lerobot_command
 from pusht_act.config.overrides import check_overrides, check_typed_values, is_output_dir_typed
 from pusht_act.config.schema import TRAIN_MODES, Config, Mode, to_dict
 from pusht_act.config.validation import check_processes, check_share, check_target, to_config
-from pusht_act.runs.provenance import command_line, log_file, write_provenance
+from pusht_act.runs.provenance import log_file, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 from pusht_act.runtime.distributed import PeerLostError, broadcast_from_main, raise_on_any_rank, world_size
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import Lock, locked
 from pusht_act.runtime.signals import StopSignal, signals
+from pusht_act.training.extensions import Extensions
 
 if TYPE_CHECKING:
-    from pusht_act.training.extensions import Extensions
     from pusht_act.training.trainer import Report, Trainer
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class ResolvedJob:
     """The chosen option of each configuration group."""
     report: "Report | None" = None
     """Told the evaluations in training, which it may end early."""
-    extensions: "Extensions | None" = None
+    extensions: Extensions = dataclasses.field(default_factory=Extensions)
     """A loss and transforms in place of the defaults."""
 
     @property
@@ -99,7 +99,7 @@ def run_job(
     overrides: list[str],
     choices: dict[str, str | None],
     report: "Report | None" = None,
-    extensions: "Extensions | None" = None,
+    extensions: Extensions | None = None,
 ) -> Result:
     """Run the job that `cfg` describes.
 
@@ -118,7 +118,7 @@ def run_job(
     if not cfg.print_lerobot_command:
         check_processes(cfg.mode, cfg.train.profile, world_size())
     with _resolve(cfg, overrides, choices) as resolved:
-        job = dataclasses.replace(resolved, report=report, extensions=extensions)
+        job = dataclasses.replace(resolved, report=report, extensions=extensions or Extensions())
         if job.config.print_lerobot_command:
             print(lerobot_command(job.config, job.start.model_dir if job.start is not None else None))
             return Result(job.run.path)
@@ -131,7 +131,7 @@ def run_job(
                 return _train(job)
 
 
-def run_worker(extensions: "Extensions | None" = None) -> Result:
+def run_worker(extensions: Extensions | None = None) -> Result:
     """Train along on a rank other than 0, if rank 0 has something to train.
 
     Args:
@@ -143,25 +143,18 @@ def run_worker(extensions: "Extensions | None" = None) -> Result:
     with signals.handle():
         config, start = broadcast_from_main()
         run = RunDir(Path(config.output_dir))
-        training = _build_trainer(config, start, extensions).fit(run, {})
+        training = _build_trainer(config, start, extensions or Extensions()).fit(run, {})
     return Result(run.path, training.step, training.metrics)
 
 
-def _resolve_automatic(config: Config, start: Checkpoint | None) -> Config:
-    """Replace automatic values; the first import of torch on rank 0."""
-    from pusht_act.training.automatic import resolve_automatic
-
-    return resolve_automatic(config, start)
-
-
-def _build_trainer(config: Config, start: Checkpoint | None, extensions: "Extensions | None") -> "Trainer":
+def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensions) -> "Trainer":
     """Build the trainer on every rank; the first import of torch and lerobot."""
     from pusht_act.config.lerobot import decode
-    from pusht_act.training.build import DEFAULTS, build_trainer
+    from pusht_act.training.build import build_trainer
 
     with raise_on_any_rank():
         lerobot = decode(config)
-    return build_trainer(config, lerobot, start, extensions or DEFAULTS)
+    return build_trainer(config, lerobot, start, extensions)
 
 
 @contextmanager
@@ -238,6 +231,7 @@ def _train(job: ResolvedJob) -> Result:
     config, start, run = job.config, job.start, job.run
     overrides, choices, report = job.overrides, job.choices, job.report
     if job.auto_resumes and start is not None and _is_finished(start, config):
+        job.extensions.check_same(start)
         return _finished_result(job, start)
     # A run that resumes in its own folder may write there; any other needs a folder that is not in use.
     check_share(config.batch_size, world_size())
@@ -249,7 +243,9 @@ def _train(job: ResolvedJob) -> Result:
         ensure_unused(run.path, config.overwrite)
 
     # From here on the other ranks take part (see run_worker).
-    config = _resolve_automatic(config, start)
+    from pusht_act.training.automatic import resolve_automatic
+
+    config = resolve_automatic(config, start)
     job = dataclasses.replace(job, config=config)
     broadcast_from_main((config, start))
     trainer = _build_trainer(config, start, job.extensions)
@@ -258,7 +254,7 @@ def _train(job: ResolvedJob) -> Result:
     if branches_off and (moved := move_aside(run.path)):
         assert job.lock is not None
         job.lock.relock(moved)
-    write_provenance(run, to_dict(config), overrides)
+    write_provenance(run, to_dict(config), overrides, job.extensions.metadata())
     with log_file(run):
         if start is not None:
             log.info("resuming from %s", start.directory)
@@ -313,7 +309,7 @@ def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
     if _is_finished(Checkpoint(stopped.checkpoint / "pretrained_model"), config):
         log.warning("%s, the last: the run is finished, in %s", stopped, stopped.checkpoint)
     else:
-        command = command_line(overrides if config.resume.auto else again)
+        command = job.extensions.command(overrides if config.resume.auto else again)
         log.warning("%s, saved %s; to resume: %s", stopped, stopped.checkpoint, command)
 
 
@@ -328,15 +324,20 @@ def _print_next_steps(job: ResolvedJob, film_strip: Path | None) -> None:
         log.info("final evaluation: pusht-act mode=eval checkpoint=%s", run.path)
         # A schedule ends with its run: a longer one has to be trained from the start.
         if config.scheduler:
-            again = [o for o in overrides if not o.startswith(("steps=", "job_name="))]
+            replaced = ("steps=", "job_name=", *(["output_dir="] if config.mode is not Mode.resume else []))
+            again = [o for o in overrides if not o.startswith(replaced)]
             longer = [*again, f"steps={2 * config.steps}", f"job_name={config.job_name}_longer"]
-            log.info("to train twice as long: %s", command_line(longer))
+            log.info("to train twice as long: %s", job.extensions.command(longer))
         else:
-            log.info("to continue training: pusht-act mode=resume output_dir=%s steps=%d", run.path, 2 * config.steps)
+            longer = ["mode=resume", f"output_dir={run.path}", f"steps={2 * config.steps}"]
+            log.info("to continue training: %s", job.extensions.command(longer))
     if config.mode is Mode.resume:
         return
-    several = ["-m", *(o for o in overrides if not o.startswith(("seed=", "output_dir="))), "seed=1,2,3"]
-    log.info("to measure variance over seeds: %s", command_line(several))
+    again, seed = [o for o in overrides if not o.startswith(("seed=", "output_dir="))], config.seed + 1
+    # A call from Python is one job, in a folder that it has to name.
+    one = [*again, f"seed={seed}", f"output_dir={run.path}_seed{seed}"]
+    several = one if job.extensions.metadata() else ["-m", *again, "seed=1,2,3"]
+    log.info("to measure variance over seeds: %s", job.extensions.command(several))
 
 
 def _check_can_push(config: Config) -> None:
@@ -350,7 +351,7 @@ def _push(job: ResolvedJob, checkpoint: Checkpoint, metrics: dict[str, float]) -
     if job.config.policy.get("push_to_hub"):
         from pusht_act.checkpoints.hub import push
 
-        log.info("pushed to %s", push(job.config, checkpoint.directory, metrics, command_line(job.overrides)))
+        log.info("pushed to %s", push(job.config, checkpoint.directory, metrics, job.extensions.command(job.overrides)))
 
 
 def _evaluate(job: ResolvedJob) -> Result:

@@ -27,14 +27,15 @@ from omegaconf.errors import OmegaConfBaseException
 import pusht_act
 from pusht_act.config.aliases import rename_overrides
 from pusht_act.config.errors import explain
-from pusht_act.config.overrides import check_overrides, is_output_dir_typed
+from pusht_act.config.overrides import check_overrides, describe_modes, is_output_dir_typed
 from pusht_act.config.schema import CONFIG_DIR as CONFIG_DIR  # noqa: PLC0414  (notebooks and tests compose from it)
-from pusht_act.config.schema import Mode, register
+from pusht_act.config.schema import TRAINING, Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.config.validation import to_config
 from pusht_act.job import Result, run_job, run_worker
 from pusht_act.runtime.distributed import PeerLostError, distributed_context, world_size
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.process_pool import refuse_in_starting_worker
 from pusht_act.runtime.signals import StopSignal, signals
 from pusht_act.sweeps.joblib_workers import stopping
 from pusht_act.sweeps.pruning import reporter
@@ -93,10 +94,17 @@ def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "
     Raises:
         UserError, OSError: what the command line prints as one line.
         StopSignal: a signal such as Ctrl-C stopped it; it is a BaseException, not an Exception.
+        PeerLostError: another rank is gone; a BaseException, too.
     """
+    refuse_in_starting_worker()
     extensions = Extensions(loss, transforms)
     with distributed_context(USER_ERRORS) as is_main:
-        return _run(overrides, extensions) if is_main else run_worker(extensions)
+        if not is_main:
+            return run_worker(extensions)
+        try:
+            return _run(overrides, extensions)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error, CONFIG_DIR)) from error
     # On another rank, where rank 0 had nothing to train.
     return Result(Path())
 
@@ -104,7 +112,11 @@ def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "
 def _run(overrides: list[str], extensions: Extensions) -> Result:
     from hydra import compose, initialize_config_dir
 
-    overrides = rename_overrides(overrides)
+    if not isinstance(overrides, list | tuple) or not all(isinstance(each, str) for each in overrides):
+        raise UserError(f"pusht_act.run({overrides!r}): give a list of texts, such as ['mode=test', 'steps=200']")
+    if flags := [each for each in overrides if each.startswith("-")]:
+        raise UserError(f"pusht_act.run takes no {flags[0]}: give KEY=VALUE, or use the command pusht-act")
+    overrides = rename_overrides([*overrides])
     with initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR), _hydras_value_errors_as_its_own():
         cfg = compose("config", overrides, return_hydra_config=True)
         hydra_node = cfg.hydra
@@ -121,10 +133,19 @@ def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = N
         # A job of a sweep has a folder of its own.
         overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
         cfg.output_dir = hydra_node.runtime.output_dir
+    if extensions is not None:
+        _check_used(extensions, cfg)
     with signals.handle():
         if cfg.mode is Mode.status:
             return _show_status(cfg, overrides)
         return run_job(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node), extensions)
+
+
+def _check_used(extensions: Extensions, cfg: DictConfig) -> None:
+    """Refuse a loss or transforms where nothing is trained with them."""
+    does = "print_lerobot_command=true" if cfg.print_lerobot_command else f"mode={cfg.mode.value}"
+    if str(extensions) and (cfg.print_lerobot_command or cfg.mode not in TRAINING):
+        raise UserError(f"{extensions} is for {describe_modes(TRAINING)}, not for {does}: leave it out")
 
 
 def _show_status(cfg: DictConfig, overrides: list[str]) -> Result:

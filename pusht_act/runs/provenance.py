@@ -22,13 +22,16 @@ log = logging.getLogger(__name__)
 PACKAGES = ("pusht-act", "lerobot", "torch", "torchvision", "gym-pusht", "pymunk", "hydra-core", "numpy", "av", "wandb")
 
 
-def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) -> None:
+def write_provenance(
+    run: RunDir, config: dict[str, Any], overrides: list[str], functions: dict[str, Any] | None = None
+) -> None:
     """Write config.yaml and append this start to runs.jsonl: command, commit, versions, host.
 
     Args:
         run: The run directory, which is made if need be.
         config: The composed configuration.
         overrides: The command line's.
+        functions: The names of what was given beside them from Python, by argument of `pusht_act.run`.
 
     Raises:
         OSError: the directory cannot be made or written to.
@@ -43,7 +46,8 @@ def write_provenance(run: RunDir, config: dict[str, Any], overrides: list[str]) 
         ) from error
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(overrides),
+        "command": command_line(overrides, functions),
+        **(functions or {}),
         "git": git_commit(),
         "versions": package_versions(),
         "host": socket.gethostname(),
@@ -77,9 +81,14 @@ def log_file(run: RunDir) -> Iterator[None]:
         handler.close()
 
 
-def command_line(overrides: list[str]) -> str:
-    """Return the command that composed the job, quoted for a shell."""
-    return shlex.join(["pusht-act", *overrides])
+def command_line(overrides: list[str], functions: dict[str, Any] | None = None) -> str:
+    """Return the command that composed the job, quoted for a shell; with `functions`, the call from Python."""
+    if not functions:
+        return shlex.join(["pusht-act", *overrides])
+    names = {key: name if isinstance(name, str) else f"[{', '.join(name)}]" for key, name in functions.items()}
+    # Where it is pasted, the script's own functions go by their names alone.
+    given = [f"{key}={name}".replace("__main__.", "") for key, name in names.items()]
+    return f"pusht_act.run({', '.join([repr(overrides), *given])})"
 
 
 def package_versions() -> dict[str, str]:

@@ -5,16 +5,21 @@ Imports neither torch nor lerobot, and neither do the workers.
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.signals import signals
 
 RETRY_HINT = "give the same command again, if it happens again with a smaller"
+GUARD = 'a script has to call pusht_act.run below `if __name__ == "__main__":`, since each worker imports it'
+"""What a script without a guard has to do."""
 PREFETCH_ITEMS = 2
 """How many items for each worker are submitted ahead of the caller: the images of thousands would fill the memory."""
 
@@ -31,6 +36,7 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
 
     Raises:
         OSError: a worker was killed.
+        UserError: a worker could not start, since it runs the caller's script again.
     """
     # spawn: the caller may have threads or use a GPU, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -43,9 +49,12 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
             pool.submit(int)
         yield pool
     except BaseException as error:
-        if pool is not None:
-            _kill_workers(pool)
-        if isinstance(error, BrokenProcessPool):
+        workers = _kill_workers(pool) if pool is not None else []
+        if pool is not None and isinstance(error, BrokenProcessPool):
+            # Until its thread has ended, which waits for the workers, too, their exit codes are not certain.
+            pool.shutdown()
+            if any((worker.exitcode or 0) > 0 for worker in workers):
+                raise UserError(f"a worker process could not start, its error is above: {GUARD}") from None
             raise OSError(f"a worker process was killed, perhaps for want of memory: {remedy}") from error
         raise
     finally:
@@ -53,11 +62,25 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(cancel_futures=True)
 
 
-def _kill_workers(pool: ProcessPoolExecutor) -> None:
+def refuse_in_starting_worker() -> None:
+    """Refuse to work in a process that multiprocessing is starting: it is only to import the caller's script.
+
+    Raises:
+        UserError: this is one.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        # This process ends by it, and each of its siblings says the same: in a line.
+        sys.tracebacklimit = 0
+        raise UserError(f"pusht_act.run was called by a worker process that was starting: {GUARD}")
+
+
+def _kill_workers(pool: ProcessPoolExecutor) -> list[BaseProcess]:
     """Kill the workers of a pool, whose shutdown would wait until they have finished what they are doing."""
     # A private name of Python 3.12. From 3.14 on there is a public `ProcessPoolExecutor.kill_workers`.
-    for process in list((pool._processes or {}).values()):
+    workers: list[BaseProcess] = list((pool._processes or {}).values())
+    for process in workers:
         process.kill()
+    return workers
 
 
 def result[T](future: Future[T]) -> T:

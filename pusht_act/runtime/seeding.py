@@ -6,6 +6,8 @@ dropout and the VAE's noise, step by step. The functions below seed it before ea
 """
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,6 +35,18 @@ def seed_training_noise(seed: int, process: int = 0) -> None:
 def statistics_generator(seed: int, step: int) -> torch.Generator:
     """Return the generator that draws the frames of batch norm's statistics at `step`, apart from training's."""
     return torch.Generator().manual_seed(_derived(seed, f"statistics at step {step}"))
+
+
+@contextmanager
+def preserved_random_streams(device: torch.device) -> Iterator[None]:
+    """Leave the global generators, those of `device` included, as they were before the block."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _derived(seed: int, stream: str) -> int:

@@ -24,6 +24,7 @@ from pusht_act.runtime.distributed import (
 from pusht_act.runtime.seeding import seed_initialisation, seed_training_noise
 from pusht_act.training.async_evaluation import find_pending
 from pusht_act.training.augmentation import build_augmentation
+from pusht_act.training.extension_checks import check_extensions
 from pusht_act.training.extensions import Extensions, Transform
 from pusht_act.training.restore import build_components, check_compatible, load_components, restore_state
 from pusht_act.training.train_step import StepOptions, bind_loss, compile_loss
@@ -31,12 +32,8 @@ from pusht_act.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-DEFAULTS = Extensions()
 
-
-def build_trainer(
-    config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, extensions: Extensions = DEFAULTS
-) -> Trainer:
+def build_trainer(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, extensions: Extensions) -> Trainer:
     """Build the trainer on every rank, from the same weights; write nothing but the cache.
 
     Args:
@@ -58,8 +55,6 @@ def build_trainer(
 
 
 def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, extensions: Extensions) -> Trainer:
-    # A function without a name is refused before anything is decoded.
-    extensions.metadata()
     if start is not None:
         extensions.check_same(start)
     # The features follow from the data set, and a checkpoint must have been trained on the same ones.
@@ -89,13 +84,17 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
     else:
         state = restore_state(config, lerobot, start, components, sampler)
 
+    loader = BatchLoader(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
+    if extensions.metadata():
+        rows = torch.arange(config.batch_size // world_size()) % len(sampler)
+        check_extensions(extensions, components, loader.batch(rows), config.train.precision)
     held_out = [torch.arange(*frames.episodes[episode]) for episode in eval_episodes]
     trainer = Trainer(
         config=config,
         lerobot=lerobot,
         components=components,
         state=state,
-        loader=BatchLoader(frames, lerobot.policy.chunk_size, str(lerobot.policy.device)),
+        loader=loader,
         sampler=sampler,
         held_out=torch.cat(held_out) if held_out else torch.empty(0, dtype=torch.long),
         extensions=extensions,

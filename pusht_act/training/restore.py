@@ -103,9 +103,11 @@ def override_restored_hparams(
 
 
 def rollback_target(
-    config: Config, run: RunDir, start: Checkpoint | None, error: DivergedError, number: int
+    config: Config, run: RunDir, start: Checkpoint | None, error: DivergedError, number: int, given: str = ""
 ) -> Checkpoint:
     """Return the checkpoint that roll-back `number` goes to: the latest valid one of the run, or where it started.
+
+    `given` names the caller's loss and transforms, which may be the cause.
 
     Raises:
         DivergedError: there is none, or this would be once more than train.max_rollbacks.
@@ -114,6 +116,7 @@ def rollback_target(
     limit = config.train.max_rollbacks
     checkpoint = latest_valid(run, error.step)[0] or start
     remedy = "lower policy.optimizer_lr, or see whether the data set has values that are not numbers"
+    remedy += f", and whether {given} gives some" if given else ""
     if checkpoint is None:
         message = f"{error}, and there is no checkpoint to go back to: {remedy}"
         raise DivergedError(message, error.step) from error

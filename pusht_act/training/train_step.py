@@ -37,6 +37,7 @@ from pusht_act.policy.lerobot import ACTPolicy
 from pusht_act.runtime.distributed import all_reduce_sum, world_size
 from pusht_act.runtime.errors import UserError
 from pusht_act.training.cuda_graphs import CudaGraphCallable, CudaGraphs, GraphBackend, capturable_lr
+from pusht_act.training.extension_checks import apply_transforms, checked_loss
 from pusht_act.training.extensions import ActionLoss, Transform
 
 log = logging.getLogger(__name__)
@@ -161,8 +162,7 @@ class TrainStep:
         batch = self._loader.gather(inputs)
         # A rank may have no row of an epoch's last batch, and a transform needs not know of that.
         if len(inputs[INDEX]):
-            for transform in self._options.transforms:
-                batch = transform(batch)
+            batch = apply_transforms(batch, self._options.transforms)
         normalized: Batch = self._components.processors.pre(batch)
         return normalized
 
@@ -198,6 +198,7 @@ def bind_loss(action_loss: ActionLoss | None, discount: float = 1.0) -> Loss:
     """
     if action_loss is None and discount == 1.0:
         return act_loss
+    action_loss = checked_loss(action_loss)
 
     def loss(policy: ACTPolicy, batch: Batch, counts: Tensor | None = None) -> tuple[Tensor, Losses]:
         return act_loss(policy, batch, counts, action_loss or l1_loss, discount)

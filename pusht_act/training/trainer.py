@@ -261,7 +261,8 @@ class Trainer:
         """
         number = self.state.rollbacks + 1
         # Rank 0 chooses; if it finds none, its exit ends the others where they wait for the broadcast.
-        target = rollback_target(self.config, self.run, self.start, error, number) if is_main() else None
+        given = str(self.extensions)
+        target = rollback_target(self.config, self.run, self.start, error, number, given) if is_main() else None
         checkpoint: Checkpoint = broadcast_from_main(target)
         self.components = load_components(self.config, self.lerobot, checkpoint.model_dir)
         self.state = restore_state(self.config, self.lerobot, checkpoint, self.components, self.sampler)

@@ -3,10 +3,12 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,24 @@ def test_a_block_that_raises_does_not_wait_for_its_workers() -> None:
         raise ValueError
     assert time.monotonic() - began < 60
     assert not multiprocessing.active_children()
+
+
+UNGUARDED = """
+import pusht_act
+pusht_act.run(["mode=demos", "output_dir=demos", "demos.n_episodes=2", "demos.workers=2"])
+"""
+
+
+def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
+    script = tmp_path / "collect.py"
+    script.write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("pusht_act.runtime.errors.UserError: a worker process could not start, its error is above: ")
+    assert last.endswith(
+        'a script has to call pusht_act.run below `if __name__ == "__main__":`, since each worker imports it'
+    )
+    assert "pusht_act.run was called by a worker process that was starting: a script has to" in done.stderr
+    assert "want of memory" not in done.stderr
+    assert not (tmp_path / "demos").exists()

@@ -38,6 +38,9 @@ class Seen:
     def __init__(self) -> None:
         self.rows: list[int] = []
 
+    def __repr__(self) -> str:
+        return "Seen()"
+
     def loss(self, predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         assert predicted.shape == target.shape
         self.rows.append(len(predicted))
@@ -61,12 +64,13 @@ def test_a_loss_is_seen_by_every_batch_by_validation_and_by_the_guard(run: Calla
     seen = Seen()
     options = ["batch_size=100", "steps=4", "dataset.eval_split=0.25", "eval_steps=4", "save_freq=4"]
     result = run(*options, loss=seen.loss)
-    *full, short = seen.rows[:4]
+    checked, *full, short = seen.rows[:5]
+    assert checked == 100, "before training"
     assert full == [100, 100, 100]
     assert 0 < short < 100, "an epoch's last batch"
     # After the last step: a sample of zeros before the save, and the held-out episode.
-    assert seen.rows[4] == 1
-    assert sum(seen.rows[5:]) == 377 - sum(seen.rows[:4])
+    assert seen.rows[5] == 1
+    assert sum(seen.rows[6:]) == 377 - sum(seen.rows[1:5])
     lines = metrics(result.output_dir)
     assert len(lines) == 4
     assert all("train/action_loss" in line and "train/l1_loss" not in line for line in lines)
@@ -83,7 +87,8 @@ def test_the_same_loss_under_another_name_trains_to_the_same_bits(run: Callable[
 def test_a_transform_is_seen_by_training_batches_alone(run: Callable[..., Result]) -> None:
     seen = Seen()
     run("batch_size=100", "steps=4", "dataset.eval_split=0.25", "eval_steps=1", transforms=[seen.transform])
-    *full, short = seen.rows
+    checked, *full, short = seen.rows
+    assert checked == 100, "before training"
     assert full == [100, 100, 100]
     assert 0 < short < 100
 
@@ -168,8 +173,8 @@ def test_the_code_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(pusht_act, "run", smaller)
     code = "\n".join(re.findall(r"```python\n(.*?)```", DOC.read_text(), flags=re.DOTALL))
-    # Functions are known by their module, which exec has to give them.
-    namespace: dict[str, Any] = {"__name__": "train"}
+    # As a script that is started.
+    namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(code, str(DOC), "exec"), namespace)
     assert [result.step for result in results] == [4, 4, 6]
 
