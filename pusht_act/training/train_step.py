@@ -198,10 +198,10 @@ def bind_loss(action_loss: ActionLoss | None, discount: float = 1.0) -> Loss:
     """
     if action_loss is None and discount == 1.0:
         return act_loss
-    action_loss = checked_loss(action_loss)
+    bound = l1_loss if action_loss is None else checked_loss(action_loss)
 
     def loss(policy: ACTPolicy, batch: Batch, counts: Tensor | None = None) -> tuple[Tensor, Losses]:
-        return act_loss(policy, batch, counts, action_loss or l1_loss, discount)
+        return act_loss(policy, batch, counts, bound, discount)
 
     return loss
 
