@@ -22,6 +22,8 @@ REFUSED = [
     ("stepps=3", "stepps is unknown", "did you mean steps?"),
     ("polcy.dim_model=3", "polcy.dim_model", "did you mean policy.dim_model?"),
     ("policy.n_actions_steps=3", "policy.n_actions_steps", "did you mean policy.n_action_steps?"),
+    ("policy.dim_feedforwrd=64", "policy.dim_feedforwrd", "did you mean +policy.dim_feedforward?"),
+    ("env.visualisation_width=64", "env.visualisation_width", "did you mean +env.visualization_width?"),
     ("policy.dropout=0.2", "policy.dropout", "+policy.dropout=VALUE"),
     ("scheduler.type=cosine", "scheduler.type", "+scheduler.type=VALUE"),
     ("policy.batch_size=3", "policy.batch_size", "did you mean batch_size?"),
@@ -63,7 +65,7 @@ REFUSED = [
     ("mode=train", "mode=train", "full, resume, status, test"),
     ("polic=act", "polic", "did you mean policy?"),
     ("+policy=act_small", "+policy", "leave the + out"),
-    ("policy=3", "a group", "policy=act"),
+    ("policy=3", "policy=3 does not exist", "there is act, act_"),
     ("hydra/launcher=slurm", "hydra/launcher=slurm", "submitit_slurm"),
     # values of another type
     ("steps=abc", "steps=abc", "give a whole number"),
