@@ -294,3 +294,12 @@ def test_a_slurm_task_has_a_thread_for_each_core_it_was_given(given: dict[str, s
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == f"{threads}\n"
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && {shlex.quote(sys.executable)} -P -m pusht_act mode=test"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"pusht-act: the working directory {gone} was deleted: change to a folder that exists\n"
