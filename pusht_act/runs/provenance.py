@@ -67,13 +67,9 @@ def log_file(run: RunDir) -> Iterator[None]:
     """Copy what the console shows to train.log for the duration of the block, and the error that ends it."""
     handler = logging.FileHandler(run.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    # Called from Python, nobody may have configured logging. Python then shows warnings by itself, but no longer where
-    # the root logger has a handler such as this one.
+    # Called from Python, nobody has configured logging.
     logging.getLogger("pusht_act").setLevel(logging.INFO)
-    console = logging.lastResort if not logging.getLogger().handlers else None
-    handlers = [handler, *([console] if console is not None else [])]
-    for each in handlers:
-        logging.getLogger().addHandler(each)
+    logging.getLogger().addHandler(handler)
     log.info("run directory: %s", run.path)
     try:
         yield
@@ -89,8 +85,7 @@ def log_file(run: RunDir) -> Iterator[None]:
         raise
     finally:
         # The next job of a sweep runs in the same process and has a file of its own.
-        for each in handlers:
-            logging.getLogger().removeHandler(each)
+        logging.getLogger().removeHandler(handler)
         handler.close()
 
 
