@@ -132,15 +132,16 @@ def test_the_version_is_ours(tmp_path: Path) -> None:
 CHILD = """
 import os, subprocess, sys
 from pathlib import Path
-import pusht_act.main as entry
+import pusht_act.job
+import pusht_act.main
 from pusht_act.job import Result
 
 def run_job(*_):
     subprocess.run([sys.executable, "-c", "import os; print(os.environ.get('HYDRA_FULL_ERROR'))"], check=True)
     return Result(Path())
 
-entry.run_job = run_job
-entry.main()
+pusht_act.job.run_job = run_job
+pusht_act.main.main()
 """
 
 
