@@ -23,7 +23,7 @@ from pusht_act.checkpoints.merge_config import merge_checkpoint_config
 from pusht_act.checkpoints.resume import (
     auto_resume_checkpoint,
     checkpoint_to_resume,
-    has_no_checkpoint_yet,
+    describe_restart,
     resolve_run_dir,
 )
 from pusht_act.checkpoints.retention import finish_cleanup
@@ -143,7 +143,12 @@ def run_worker(extensions: Extensions | None = None) -> Result:
     with signals.handle():
         config, start = broadcast_from_main()
         run = RunDir(Path(config.output_dir))
-        training = _build_trainer(config, start, extensions or Extensions()).fit(run, {})
+        trainer = _build_trainer(config, start, extensions or Extensions())
+        try:
+            training = trainer.fit(run, {})
+        except PeerLostError as lost:
+            lost.remedy = describe_restart(config, run)
+            raise
     return Result(run.path, training.step, training.metrics)
 
 
@@ -237,7 +242,7 @@ def _train(job: ResolvedJob) -> Result:
     check_share(config.batch_size, world_size())
     _check_can_push(config)
     branches_off = start is None or start.run_dir != run.path.resolve()
-    if job.auto_resumes and has_no_checkpoint_yet(run):
+    if job.auto_resumes and run.restart_option() == "resume.auto=true":
         branches_off = False
     if branches_off:
         ensure_unused(run.path, config.overwrite)
@@ -265,7 +270,7 @@ def _train(job: ResolvedJob) -> Result:
             raise
         except PeerLostError as lost:
             # Said here, so that train.log has it, too.
-            lost.reported = True
+            lost.remedy, lost.reported = describe_restart(config, run), True
             log.error("%s", lost)
             raise
     # A run that the pruner ended is not what anybody wants on the Hub.

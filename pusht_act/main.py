@@ -19,6 +19,7 @@ from hydra._internal import hydra as hydra_entry
 from hydra._internal import utils as hydra_utils
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +33,6 @@ from pusht_act.config.schema import CONFIG_DIR as CONFIG_DIR  # noqa: PLC0414  (
 from pusht_act.config.schema import TRAINING, Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
 from pusht_act.config.validation import to_config
-from pusht_act.job import Result, run_job, run_worker
 from pusht_act.runtime.distributed import PeerLostError, distributed_context, world_size
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.process_pool import refuse_in_starting_worker
@@ -42,10 +42,10 @@ from pusht_act.sweeps.pruning import reporter
 from pusht_act.sweeps.report import sweep_summary
 from pusht_act.sweeps.resume import expand_resume_args
 from pusht_act.sweeps.run_job import run_sweep_job
-from pusht_act.sweeps.status import show_status
 from pusht_act.training.extensions import Extensions
 
 if TYPE_CHECKING:
+    from pusht_act.job import Result
     from pusht_act.training.extensions import ActionLoss, Transform
 
 USER_ERRORS = (HydraException, OmegaConfBaseException, UserError, OSError)
@@ -61,7 +61,7 @@ def _task(cfg: DictConfig) -> Any:
             return None
         with distributed_context(USER_ERRORS) as leads:
             if not leads:
-                run_worker()
+                _run_worker()
                 return None
             if hydra_node.mode is RunMode.MULTIRUN:
                 return run_sweep_job(cfg, hydra_node, _execute, lambda error: explain(error, CONFIG_DIR))
@@ -83,7 +83,7 @@ def _task(cfg: DictConfig) -> Any:
         raise OSError(str(stopped)) from stopped
 
 
-def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "Sequence[Transform]" = ()) -> Result:
+def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "Sequence[Transform]" = ()) -> "Result":
     """Run what `pusht-act OVERRIDES` runs, from Python, and return its result.
 
     Args:
@@ -93,25 +93,29 @@ def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "
 
     Raises:
         UserError, OSError: what the command line prints as one line.
-        StopSignal: a signal such as Ctrl-C stopped it; it is a BaseException, not an Exception.
-        PeerLostError: another rank is gone; a BaseException, too.
+        StopSignal, PeerLostError: a signal such as Ctrl-C stopped it, or another rank is gone. They are a SystemExit,
+            so a script that does not catch them ends with the command's exit code and without a traceback.
     """
     refuse_in_starting_worker()
     extensions = Extensions(loss, transforms)
-    with distributed_context(USER_ERRORS) as is_main:
-        if not is_main:
-            return run_worker(extensions)
-        try:
-            return _run(overrides, extensions)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise UserError(explain(error, CONFIG_DIR)) from error
+    try:
+        with signals.handle(), distributed_context(USER_ERRORS) as is_main:
+            return _run(overrides, extensions) if is_main else _run_worker(extensions)
+    except (StopSignal, PeerLostError) as stopped:
+        _report(stopped)
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, CONFIG_DIR)) from error
     # On another rank, where rank 0 had nothing to train.
+    from pusht_act.job import Result
+
     return Result(Path())
 
 
-def _run(overrides: list[str], extensions: Extensions) -> Result:
+def _run(overrides: list[str], extensions: Extensions) -> "Result":
     from hydra import compose, initialize_config_dir
 
+    _check_working_directory()
     if not isinstance(overrides, list | tuple) or not all(isinstance(each, str) for each in overrides):
         raise UserError(f"pusht_act.run({overrides!r}): give a list of texts, such as ['mode=test', 'steps=200']")
     if flags := [each for each in overrides if each.startswith("-")]:
@@ -127,7 +131,13 @@ def _run(overrides: list[str], extensions: Extensions) -> Result:
     return _execute(cfg, hydra_node, extensions)
 
 
-def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = None) -> Result:
+def _run_worker(extensions: Extensions | None = None) -> "Result":
+    from pusht_act.job import run_worker
+
+    return run_worker(extensions)
+
+
+def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = None) -> "Result":
     overrides = list(hydra_node.overrides.task)
     if hydra_node.mode is RunMode.MULTIRUN and not is_output_dir_typed(overrides):
         # A job of a sweep has a folder of its own.
@@ -138,6 +148,9 @@ def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = N
     with signals.handle():
         if cfg.mode is Mode.status:
             return _show_status(cfg, overrides)
+        # Composing alone, as --cfg and --help do, needs no job.
+        from pusht_act.job import run_job
+
         return run_job(cfg, overrides, dict(hydra_node.runtime.choices), reporter(hydra_node), extensions)
 
 
@@ -148,8 +161,11 @@ def _check_used(extensions: Extensions, cfg: DictConfig) -> None:
         raise UserError(f"{extensions} is for {describe_modes(TRAINING)}, not for {does}: leave it out")
 
 
-def _show_status(cfg: DictConfig, overrides: list[str]) -> Result:
+def _show_status(cfg: DictConfig, overrides: list[str]) -> "Result":
     """Print the table of a sweep's jobs, or of one run. It is not a job, which never imports sweeps."""
+    from pusht_act.job import Result
+    from pusht_act.sweeps.status import show_status
+
     check_overrides(cfg, overrides)
     config = to_config(cfg)
     assert config.dir is not None
@@ -167,15 +183,10 @@ def main() -> None:
             if leads:
                 _lead()
             else:
-                run_worker()
-    except StopSignal as stopped:
-        if not stopped.reported:
-            print(f"pusht-act: {stopped}", file=sys.stderr)
+                _run_worker()
+    except (StopSignal, PeerLostError) as stopped:
+        _report(stopped)
         _leave(stopped.code)
-    except PeerLostError as lost:
-        if not lost.reported:
-            print(f"pusht-act: {lost}", file=sys.stderr)
-        _leave(1)
     except KeyboardInterrupt:
         _leave(128 + signal.SIGINT)
     except USER_ERRORS as error:
@@ -186,6 +197,7 @@ def main() -> None:
 
 def _lead() -> None:
     """On rank 0, or in the only process: read the command's arguments, and run the job or the sweep they describe."""
+    _check_working_directory()
     # Before Hydra reads them: it would write down a sweep's, and show those that it cannot read.
     for argument in sys.argv[1:]:
         refuse_tokens(*argument.partition("=")[::2])
@@ -198,6 +210,15 @@ def _lead() -> None:
     helps = not {"-h", "--help"}.isdisjoint(sys.argv)
     with sweep_summary(), _hydra_raises(), _config_store_shared() if helps else nullcontext():
         _task()
+
+
+def _check_working_directory() -> None:
+    """Refuse to work in a folder that was deleted: the system's error would name none."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        name = os.environ.get("PWD", "")
+        raise UserError(f"the working directory {name} was deleted: change to a folder that exists") from error
 
 
 @contextmanager
@@ -223,7 +244,10 @@ def _hydras_value_errors_as_its_own() -> Iterator[None]:
     except ValueError as error:
         *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").startswith("hydra."):
-            raise HydraException(str(error)) from error
+            # Hydra names the type of a wrong choice of a group, and neither the group nor the choice.
+            override = frame.f_locals.get("override")
+            given = f": {override.input_line}" if isinstance(override, Override) else ""
+            raise HydraException(f"{error}{given}") from error
         raise
 
 
@@ -243,6 +267,13 @@ def _config_store_shared() -> Iterator[None]:
 def _wants_traceback() -> bool:
     """Return whether the user asked for tracebacks; nothing here ever sets the variable."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def _report(stopped: StopSignal | PeerLostError) -> None:
+    """Print the line that says what ended the job, once."""
+    if not stopped.reported:
+        stopped.reported = True
+        print(f"pusht-act: {stopped}", file=sys.stderr)
 
 
 def _leave(code: int) -> NoReturn:

@@ -132,15 +132,16 @@ def test_the_version_is_ours(tmp_path: Path) -> None:
 CHILD = """
 import os, subprocess, sys
 from pathlib import Path
-import pusht_act.main as entry
+import pusht_act.job
+import pusht_act.main
 from pusht_act.job import Result
 
 def run_job(*_):
     subprocess.run([sys.executable, "-c", "import os; print(os.environ.get('HYDRA_FULL_ERROR'))"], check=True)
     return Result(Path())
 
-entry.run_job = run_job
-entry.main()
+pusht_act.job.run_job = run_job
+pusht_act.main.main()
 """
 
 
@@ -294,3 +295,12 @@ def test_a_slurm_task_has_a_thread_for_each_core_it_was_given(given: dict[str, s
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout == f"{threads}\n"
+
+
+def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && {shlex.quote(sys.executable)} -P -m pusht_act mode=test"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == f"pusht-act: the working directory {gone} was deleted: change to a folder that exists\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 from pusht_act.checkpoints.manifest import MANIFEST, find_corruption, verify_manifest
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.errors import UserError, join_some
 
 log = logging.getLogger(__name__)
 
@@ -166,9 +166,14 @@ def last_checkpoint(
                 "%s; resuming from step %d instead, %s", "; ".join(wrong), checkpoint.step, checkpoint.directory
             )
         return checkpoint
+    if (option := run.restart_option()) is not None:
+        raise FileNotFoundError(
+            f"nothing to resume in {run.path}, whose run saved no checkpoint: give the command that started it again "
+            f"with {option}"
+        )
     # A run of another mode or name may lie beside it.
     others = sorted(str(p.parent.parent) for p in run.path.parent.glob("*/checkpoints/last"))
-    hint = f"; there is {', '.join(others)} (give output_dir=)" if others else ""
+    hint = f"; there is {join_some(others)} (give output_dir=)" if others else ""
     raise FileNotFoundError(
         f"nothing to resume in {run.path}{hint}: start with mode=full, or name a checkpoint with resume.path="
     )

@@ -14,8 +14,18 @@ from omegaconf import DictConfig
 from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, last_checkpoint, latest_valid, verify
 from pusht_act.checkpoints.manifest import ALL_FILES
 from pusht_act.config.aliases import rename_config
+from pusht_act.config.lerobot_fields import lerobot_fields
 from pusht_act.config.overrides import flatten, is_output_dir_typed
-from pusht_act.config.schema import AUTOMATIC, METADATA_FILE, OUR_SECTIONS, Config, Mode, to_dict
+from pusht_act.config.schema import (
+    AUTOMATIC,
+    METADATA_FILE,
+    OUR_SECTIONS,
+    TRAIN_MODES,
+    TRAINING,
+    Config,
+    Mode,
+    to_dict,
+)
 from pusht_act.runs.run_dir import RunDir, ensure_unused
 from pusht_act.runtime.errors import UserError
 
@@ -61,7 +71,7 @@ def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
                 "give output_dir=NEW to branch off, or leave out resume.path to resume from the last one"
             )
     else:
-        ensure_unused(output_dir, cfg.overwrite)
+        ensure_unused(output_dir, cfg.overwrite, remedy="give another output_dir=")
     return checkpoint
 
 
@@ -72,8 +82,7 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
         The checkpoint, or None to start from scratch: there is none, or overwrite=true moves another run aside.
 
     Raises:
-        UserError: it has another configuration, none is valid, or the run was resumed by mode=resume since, whose
-            configuration may be a mixture.
+        UserError: it has another configuration, or none is valid.
     """
     if not run.has_checkpoints():
         return None
@@ -83,12 +92,12 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
         was = rename_config(json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         was = {}
-    if was.get("mode") not in (Mode.test.value, Mode.full.value):
+    if was.get("mode") not in [mode.value for mode in TRAINING]:
         if config.overwrite:
             return None
         raise UserError(
-            f"{checkpoint.directory} was not written by mode=test or mode=full, so resume.auto=true cannot tell "
-            "whether it is the same run: use mode=resume, or give another output_dir= or job_name="
+            f"{checkpoint.directory} was not written by this project, so resume.auto=true cannot tell whether it is "
+            "the same run: use mode=resume, or give another output_dir= or job_name="
         )
     _keep_decisions(was, config)
     differing = [f"{key}: was {old}, now {new}" for key, old, new in _differences(was, config, RESULT_NEUTRAL_KEYS)]
@@ -109,9 +118,26 @@ def _keep_decisions(was: dict[str, Any], config: Config) -> None:
             values[name] = was[section][name]
 
 
-def has_no_checkpoint_yet(run: RunDir) -> bool:
-    """Return whether `run` was started by mode=test or mode=full and stopped before its first checkpoint."""
-    return not run.has_checkpoints() and run.configuration().get("mode") in (Mode.test.value, Mode.full.value)
+def describe_restart(config: Config, run: RunDir) -> str:
+    """Return what to do after a run was broken off: what works depends on whether it has saved a checkpoint."""
+    if run.has_checkpoints():
+        command = "the same command with resume.auto=true, or " if config.mode in TRAIN_MODES else ""
+        return f"to resume from the last checkpoint: {command}mode=resume output_dir={run.path} steps={config.steps}"
+    option = "resume.auto=true" if config.mode in TRAIN_MODES else "overwrite=true"
+    return f"no checkpoint was saved yet: give the same command again with {option}"
+
+
+def _with_policy_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `config` with every field of the policy that follows from nothing else.
+
+    mode=resume takes the whole policy from LeRobot's file in the checkpoint, the other modes what was composed.
+    """
+    defaults = {name: field["default"] for name, field in lerobot_fields()["policy"].items() if "default" in field}
+    policy = {**defaults, **config.get("policy", {})}
+    # A new run takes its features from the data set.
+    for name in ("input_features", "output_features"):
+        policy.pop(name, None)
+    return {**config, "policy": policy}
 
 
 def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
@@ -122,7 +148,10 @@ def _differences(was: dict[str, Any], config: Config, free: tuple[str, ...]) -> 
         config: The present one.
         free: Beginnings of keys that may differ.
     """
-    then, now = (dict(pair for item in each.items() for pair in flatten(*item)) for each in (was, to_dict(config)))
+    then, now = (
+        dict(pair for item in _with_policy_defaults(each).items() for pair in flatten(*item))
+        for each in (was, to_dict(config))
+    )
     # Version 0.1 had mode=dagger and its section.
     removed = [key for key in then if key.startswith("dagger.")]
     for key in sorted((then.keys() | now.keys()) - {*removed}):

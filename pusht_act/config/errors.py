@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -9,6 +10,7 @@ from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.aliases import RENAMED
+from pusht_act.config.lerobot_fields import lerobot_fields
 
 RATE = "policy.optimizer_lr"
 CLIPPING = "+optimizer.grad_clip_norm"
@@ -70,9 +72,6 @@ HYDRA_SAYS = {
     r"(\S+) appears more than once in the final defaults list": "+{0}: {0} is chosen already, leave the + out",
     r"Multiple values for (\S+)\. To override": "+{0}: {0} is chosen already, leave the + out",
     r"Could not delete(?: from config\.)? '(.+)'": "~{0}: there is no {0} to remove, leave it out",
-    r"Config group override must be a string or a list\. Got (\w+)": (
-        "a group was given an {0}: give the name of one of its choices, such as policy=act; --help lists them"
-    ),
 }
 """What Hydra's messages mean here, by a pattern of them."""
 TYPE_WANTED = {
@@ -96,8 +95,8 @@ def explain(error: Exception, config_dir: str) -> str:
         return _unknown_key(match[1], config_dir)
     if match := re.search(r"Error merging override ((\S+?)=.*)", text):
         return _wrong_value(match[1], match[2], str(error.__cause__))
-    if isinstance(error, MissingConfigException) and (match := re.search(r"Could not find '(.+)/([^/']+)'", text)):
-        return _unknown_option(match[1], match[2], text)
+    if (said := _explain_choice(error, config_dir)) is not None:
+        return said
     for pattern, meaning in HYDRA_SAYS.items():
         if match := re.search(pattern, text):
             return meaning.format(match[1])
@@ -116,9 +115,12 @@ def _unknown_key(key: str, config_dir: str) -> str:
     section, _, leaf = key.rpartition(".")
     if section in LEROBOT_SECTIONS:
         siblings = [k for k in known if k.rpartition(".")[0] == section]
-        near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.85) or [k for k in known if k == leaf]
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{key} is not in conf/: {hint}+{key}=VALUE reaches LeRobot's other fields"
+        others = [f"{section}.{name}" for name in lerobot_fields().get(section, {})]
+        named = {**{k: f"+{k}" for k in others}, **{k: k for k in siblings}}
+        near = [] if key in named else difflib.get_close_matches(key, named, n=1, cutoff=0.85)
+        near = [named[k] for k in near] or [k for k in known if k == leaf]
+        hint = f"did you mean {near[0]}?" if near else f"+{key}=VALUE reaches LeRobot's other fields"
+        return f"{key} is not in conf/: {hint}"
     # The same name in another section is nearer than a similar one.
     near = [k for k in known if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
     return f"{key} is unknown: " + (f"did you mean {near[0]}?" if near else "--cfg job shows the keys there are")
@@ -131,14 +133,24 @@ def _wrong_value(given: str, key: str, objection: str) -> str:
     return f"{given}: {wanted}"
 
 
-def _unknown_option(group: str, option: str, text: str) -> str:
-    if (removed := REMOVED.get(f"{group}={option}")) is not None:
+def _explain_choice(error: Exception, config_dir: str) -> str | None:
+    """Return what to say of a group's choice that is not there; None for any other error."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and (match := re.search(r"Could not find '(.+)/([^/']+)'", text)):
+        # Hydra lists the choices, each on a line of its own after a tab.
+        return _unknown_choice(match[1], match[2], re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE))
+    if match := re.search(r"Config group override must be a string or a list.*: \+*([^=]+)=(.*)", text):
+        choices = sorted(path.stem for path in (Path(config_dir) / match[1]).glob("*.yaml"))
+        return _unknown_choice(match[1], match[2], choices)
+    return None
+
+
+def _unknown_choice(group: str, choice: str, available: list[str]) -> str:
+    if (removed := REMOVED.get(f"{group}={choice}")) is not None:
         return removed
-    # Hydra lists the choices, each on a line of its own after a tab.
-    available = re.findall(r"^\t(\w+)$", text, flags=re.MULTILINE)
-    near = difflib.get_close_matches(option, available, n=1)
+    near = difflib.get_close_matches(choice, available, n=1)
     hint = f"did you mean {group}={near[0]}? " if near else ""
-    return f"{group}={option} does not exist: {hint}there is {', '.join(available) or 'nothing in that group'}"
+    return f"{group}={choice} does not exist: {hint}there is {', '.join(available) or 'nothing in that group'}"
 
 
 def _known_keys(config_dir: str) -> list[str]:

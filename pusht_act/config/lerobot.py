@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import json
 import logging
 import re
 from pathlib import Path
@@ -40,8 +41,9 @@ from lerobot.envs.configs import EnvConfig, PushtEnv
 from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.act.configuration_act import ACTConfig
 
+from pusht_act.config.lerobot_fields import FIELDS_FILE
 from pusht_act.config.schema import Config
-from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.errors import UserError, join_some
 
 # Classes of LeRobot that other rooms take from here, so that each room imports LeRobot in one place.
 __all__ = ["DatasetConfig", "PushtEnv", "TrainPipelineConfig"]
@@ -254,7 +256,7 @@ def _decode(name: str, cls: Any, section: dict[str, Any]) -> Any:
         for key in section:
             if key not in [*known, "type"]:
                 near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {name}.{near[0]}?" if near else f"{target.__name__} has {', '.join(known)}"
+                hint = f"did you mean {name}.{near[0]}?" if near else f"{target.__name__} has {join_some(known)}"
                 raise UserError(f"{name}.{key} is unknown: {hint}") from error
         raise UserError(_reason(name, error, section)) from error
 
@@ -273,3 +275,25 @@ def _reason(name: str, error: Exception, section: dict[str, Any]) -> str:
     if wanted := re.search(r"of type (.+)\. Underlying error", text):
         text = f"give a {wanted[1]}"
     return f"{name}.{key}={section[key]}: {text.removeprefix(f'`{key}`: ')}"
+
+
+def describe_fields() -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the type and the default of each field of LeRobot's, by section and name, as lerobot_fields.json has them.
+
+    A field without a default has none there.
+    """
+    classes = {"policy": ACTConfig, "env": PushtEnv, "dataset": DatasetConfig, "optimizer": AdamWConfig}
+    return {section: {f.name: _describe_field(f) for f in dataclasses.fields(cls)} for section, cls in classes.items()}
+
+
+def _describe_field(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    described = {"type": field.type.__name__ if isinstance(field.type, type) else str(field.type)}
+    if field.default is not dataclasses.MISSING:
+        return described | {"default": draccus.encode(field.default)}
+    if field.default_factory is not dataclasses.MISSING:
+        return described | {"default": draccus.encode(field.default_factory())}
+    return described
+
+
+if __name__ == "__main__":
+    FIELDS_FILE.write_text(json.dumps(describe_fields(), indent=2) + "\n")

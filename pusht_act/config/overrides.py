@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.options import Option
-from pusht_act.config.schema import EMBEDDED_REPO_ID, NOT_STATUS, TRAIN_MODES, TRAINING, Mode
+from pusht_act.config.schema import CONFIG_DIR, EMBEDDED_REPO_ID, NOT_STATUS, TRAIN_MODES, TRAINING, Mode
 from pusht_act.config.validation import OPTIONS, check_secrets, check_value
 from pusht_act.runtime.errors import UserError
 
@@ -61,6 +62,26 @@ def check_typed_values(cfg: DictConfig, overrides: list[str]) -> None:
             check_value(key, value)
 
 
+def unused_overrides(overrides: list[str]) -> list[str]:
+    """Return those of `overrides` that have no use in the mode which they name, and would be refused for it.
+
+    What a sweep varies is not among them: without it there would be other jobs.
+    """
+    read = [override for override in parse_overrides(overrides) if not override.is_sweep_override()]
+    modes = [override.value() for override in read if override.key_or_group == "mode"]
+    if len(modes) != 1 or modes[0] not in [mode.value for mode in Mode]:
+        return []
+    mode, unused = Mode(modes[0]), []
+    for override in read:
+        # A group, such as dataset=demos, is never refused for the mode.
+        if override.is_delete() or (Path(CONFIG_DIR) / override.key_or_group).is_dir():
+            continue
+        keys = [key for key, _ in flatten(override.key_or_group, override.value())]
+        if keys and not any(mode in _modes(key, mode) for key in keys):
+            unused.append(override.input_line)
+    return unused
+
+
 def is_output_dir_typed(overrides: list[str]) -> bool:
     """Return whether the command line names the run directory."""
     return any(override.startswith("output_dir=") for override in overrides)
@@ -100,15 +121,24 @@ def _typed_values(cfg: DictConfig, overrides: list[str]) -> dict[str, Any]:
     return typed | ({"output_dir": cfg.output_dir} if is_output_dir_typed(overrides) else {})
 
 
+def _modes(key: str, mode: Mode) -> tuple[Enum, ...]:
+    """Return the modes that use an option; `mode` is the job's."""
+    section = _section(key)
+    return OPTIONS.get(key, section).modes or section.modes or (NOT_STATUS if mode is Mode.status else tuple(Mode))
+
+
+def _section(key: str) -> Option:
+    return OPTIONS.get(key.partition(".")[0], Option())
+
+
 def _check_used(key: str, value: Any, mode: Mode) -> None:
     """Refuse an option that `mode` does not use."""
     if key == "mode":
         return
-    section = OPTIONS.get(key.partition(".")[0], Option())
-    option = OPTIONS.get(key, section)
-    modes = option.modes or section.modes or (NOT_STATUS if mode is Mode.status else tuple(Mode))
+    modes = _modes(key, mode)
     if mode in modes:
         return
+    option = OPTIONS.get(key, _section(key))
     remedy = "leave it out" if len(modes) > 1 else f"give {describe_modes(modes)} too, or leave it out"
     instead = f" ({option.instead})" if option.instead else ""
     raise UserError(f"{key}={value} is for {describe_modes(modes)}, not for mode={mode.value}: {remedy}{instead}")

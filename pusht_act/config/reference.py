@@ -3,9 +3,9 @@
 python -m pusht_act.config.reference docs/configuration.md      write it; without a path it is printed
 """
 
+import argparse
 import ast
 import inspect
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -128,10 +128,13 @@ def _read(file: str) -> dict[str, Any]:
 
 def main() -> None:
     """Write the page to the path that was given, or print it."""
-    if paths := sys.argv[1:]:
-        Path(paths[0]).write_text(reference())
-    else:
+    parser = argparse.ArgumentParser(prog="python -m pusht_act.config.reference", description=main.__doc__)
+    parser.add_argument("path", nargs="?", type=Path, help="such as docs/configuration.md; without it: print the page")
+    path = parser.parse_args().path
+    if path is None:
         print(reference(), end="")
+    else:
+        path.write_text(reference())
 
 
 if __name__ == "__main__":

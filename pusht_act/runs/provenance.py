@@ -8,14 +8,16 @@ import shlex
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pusht_act.config.errors import explain
+from pusht_act.config.schema import CONFIG_DIR
 from pusht_act.runs.run_dir import CONFIG_FILE, RunDir
 from pusht_act.runtime.atomic import write_text
+from pusht_act.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def write_provenance(
 
 @contextmanager
 def log_file(run: RunDir) -> Iterator[None]:
-    """Copy what the console shows to train.log for the duration of the block."""
+    """Copy what the console shows to train.log for the duration of the block, and the error that ends it."""
     handler = logging.FileHandler(run.log)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # Called from Python, nobody has configured logging.
@@ -75,6 +77,16 @@ def log_file(run: RunDir) -> Iterator[None]:
     log.info("run directory: %s", run.path)
     try:
         yield
+    except Exception as error:
+        # Whoever catches it shows it on the console, so it is not logged but written to the file alone.
+        known = isinstance(error, UserError | OSError)
+        message = f"pusht-act: {explain(error, CONFIG_DIR)}" if known else "an unexpected error ended the run"
+        cause = None if known else (type(error), error, error.__traceback__)
+        record = logging.LogRecord(log.name, logging.ERROR, __file__, 0, message, None, cause)
+        # The error may be that the disk is full.
+        with suppress(OSError), run.log.open("a") as file:
+            file.write(handler.format(record) + "\n")
+        raise
     finally:
         # The next job of a sweep runs in the same process and has a file of its own.
         logging.getLogger().removeHandler(handler)
@@ -93,6 +105,9 @@ def command_line(overrides: list[str], functions: dict[str, Any] | None = None) 
 
 def package_versions() -> dict[str, str]:
     """Return the versions that a result depends on, by package."""
+    # Imported here: it takes longer than this module, and composing a configuration has no use for it.
+    from importlib.metadata import PackageNotFoundError, version
+
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

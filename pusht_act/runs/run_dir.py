@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from pusht_act.config.schema import TRAIN_MODES
 from pusht_act.runtime.atomic import part_path
 from pusht_act.runtime.lock import is_lock
 
@@ -66,29 +67,46 @@ class RunDir:
             return {}
         return content if isinstance(content, dict) else {}
 
+    def restart_option(self) -> str | None:
+        """Return the option with which the command of a run that saved no checkpoint works again; None for another."""
+        mode = self.configuration().get("mode")
+        if mode is None or self.has_checkpoints():
+            return None
+        # What mode=resume branches off has no resume.auto.
+        return "resume.auto=true" if mode in [each.value for each in TRAIN_MODES] else "overwrite=true"
+
     def evaluation(self, step: int, start_seed: int, n_episodes: int) -> Path:
         """Return the folder of an evaluation. The same checkpoint and seeds always have the same one."""
         return self.path / "eval" / f"step-{step:06d}_seeds-{start_seed}-{start_seed + n_episodes - 1}"
 
 
-def ensure_unused(
-    path: Path, overwrite: bool, remedy: str = "continue it with mode=resume, give another job_name= or output_dir="
-) -> None:
+def ensure_unused(path: Path, overwrite: bool, remedy: str | None = None) -> None:
     """Refuse a directory for a new run unless it is empty or absent, or may be moved aside.
 
     Args:
         path: The directory, named output_dir= in the message.
         overwrite: Whether what is there may be moved aside.
-        remedy: What to do instead, for the message.
+        remedy: What to do instead, for the message; None: what helps with the run that is there.
 
     Raises:
         FileExistsError: it is in use.
     """
     if _in_use(path) and not overwrite:
-        raise FileExistsError(f"output_dir={path} is in use: {remedy}, or move it aside with overwrite=true")
+        remedy = _remedy(RunDir(path)) if remedy is None else f": {remedy}"
+        raise FileExistsError(f"output_dir={path} is in use{remedy}, or move it aside with overwrite=true")
     # If it were renamed, the process and the user's shell would find themselves in the former run.
     if _in_use(path) and Path.cwd().is_relative_to(path.resolve()):
         raise FileExistsError(f"output_dir={path} is the working directory or above it: give a folder of the run's own")
+
+
+def _remedy(run: RunDir) -> str:
+    """Return how to go on with the run that is there, or where to begin another."""
+    elsewhere = "give another job_name= or output_dir="
+    if run.has_checkpoints():
+        return f": continue it with mode=resume, {elsewhere}"
+    if run.restart_option() == "resume.auto=true":
+        return f" by a run that saved no checkpoint: start it again with resume.auto=true, {elsewhere}"
+    return f": {elsewhere}"
 
 
 def move_aside(path: Path) -> Path | None:

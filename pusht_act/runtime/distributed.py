@@ -48,14 +48,23 @@ class Agreement(NamedTuple):
     """Whether rank 0 ends training before its last step."""
 
 
-class PeerLostError(BaseException):
-    """Another process of the job is gone. No `Exception`: this process cannot do a sweep's next job either."""
+class PeerLostError(SystemExit):
+    """Another process of the job is gone. No `Exception`: this process cannot do a sweep's next job either.
+
+    As a SystemExit it ends a script that does not catch it with exit code 1, without a traceback.
+    """
+
+    code = 1
 
     def __init__(self, reason: str) -> None:
-        remedy = "to resume from the last checkpoint: the same command with resume.auto=true, or mode=resume"
-        super().__init__(f"rank {_world.rank} of {_world.world_size} has lost another one ({reason}); {remedy}")
+        super().__init__(f"rank {_world.rank} of {_world.world_size} has lost another one ({reason})")
+        self.remedy = "see the first error in the others' output, then give the same command again"
+        """What to do; a job that has begun to train knows better."""
         self.reported = False
         """Whether a line has said so."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.remedy}"
 
 
 class _MainExited(BaseException):
@@ -140,7 +149,7 @@ def _exit_code(error: BaseException, errors: tuple[type[Exception], ...]) -> int
     """Return the exit code of a job that ends by `error`; None if the other ranks are not told."""
     if isinstance(error, StopSignal):
         return error.code
-    if isinstance(error, SystemExit):
+    if isinstance(error, SystemExit) and not isinstance(error, PeerLostError):
         return 1 if error.code else 0
     return 1 if isinstance(error, errors) else None
 

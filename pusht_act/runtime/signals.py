@@ -27,8 +27,12 @@ POLL_S = 0.1
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-class StopSignal(BaseException):
-    """A signal stopped the job. Not an `Exception`: after one of those a sweep continues with its next job."""
+class StopSignal(SystemExit):
+    """A signal stopped the job. Not an `Exception`: after one of those a sweep continues with its next job.
+
+    As a SystemExit it ends a script that does not catch it with exit code 128 + the signal's number, without a
+    traceback; a notebook shows it in a line and stays alive.
+    """
 
     def __init__(self, number: int, step: int | None = None, checkpoint: Path | None = None) -> None:
         super().__init__(number, step, checkpoint)
@@ -41,7 +45,7 @@ class StopSignal(BaseException):
         """Whether a line has said so."""
 
     @property
-    def code(self) -> int:
+    def code(self) -> int:  # type: ignore[override]
         """What the command leaves with."""
         return 128 + self.signal
 

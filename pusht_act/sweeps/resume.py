@@ -6,9 +6,11 @@
 The same command as before, with the same hydra.sweep.dir, does the same.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from pusht_act.config.overrides import unused_overrides
 from pusht_act.runtime.errors import UserError
 from pusht_act.sweeps.state import (
     IDENTITY,
@@ -18,6 +20,8 @@ from pusht_act.sweeps.state import (
     recorded_overrides,
     result_overrides,
 )
+
+log = logging.getLogger(__name__)
 
 
 def expand_resume_args(argv: Sequence[str]) -> list[str]:
@@ -64,7 +68,10 @@ def _resume_args(argv: Sequence[str], folder: str) -> list[str]:
     launch = [override for override in rest if override.startswith(LAUNCH_KEYS)]
     replaced = {override.partition("=")[0] for override in launch}
     kept = [override for override in recorded if override.partition("=")[0] not in replaced]
-    return ["-m", *kept, *launch, f"hydra.sweep.dir={folder}"]
+    unused = unused_overrides(kept)
+    if unused:
+        log.warning("left out, as they never had a use in this sweep's mode: %s", " ".join(unused))
+    return ["-m", *(o for o in kept if o not in unused), *launch, f"hydra.sweep.dir={folder}"]
 
 
 def _check_same_sweep(argv: Sequence[str], folder: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.aliases import rename_overrides
-from pusht_act.config.overrides import is_output_dir_typed
+from pusht_act.config.overrides import is_output_dir_typed, unused_overrides
 from pusht_act.config.schema import Metric, Mode
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import LockOwner
@@ -98,6 +98,9 @@ def _check_same_job(directory: Path, number: int, overrides: list[str]) -> None:
     # is recorded for the job.
     grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
     recorded = rename_overrides(grid[number], quiet=True) if number < len(grid) else []
+    # What an older version accepted without a use is left out on resume.
+    unused = unused_overrides(recorded)
+    recorded = [override for override in recorded if override in overrides or override not in unused]
     was, now = result_overrides(recorded), result_overrides(overrides)
     if was and was != now:
         raise UserError(

@@ -11,12 +11,14 @@ import pytest
 from omegaconf import OmegaConf
 
 import pusht_act
-from pusht_act.checkpoints.resume import RESULT_NEUTRAL_KEYS, _differences
+from pusht_act.checkpoints.resume import RESULT_NEUTRAL_KEYS, _differences, describe_restart
 from pusht_act.config.validation import to_config
 from pusht_act.evaluation.evaluate import evaluate
 from pusht_act.evaluation.records import Evaluation
 from pusht_act.job import Result
+from pusht_act.runs.run_dir import RunDir
 from pusht_act.training import async_evaluation as evaluations
+from pusht_act.training import train_step as step_module
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import TINY, tiny_command
 from tests.helpers.training import assert_same_bits, metrics
@@ -101,7 +103,7 @@ def test_a_section_younger_than_the_run_makes_no_difference(section: str, finish
     ("overrides", "said"),
     [
         (["policy.kl_weight=1"], "policy.kl_weight: was 10, now 1"),
-        (["+policy.dropout=0.2"], "policy.dropout: was None, now 0.2"),
+        (["+policy.dropout=0.2"], "policy.dropout: was 0.1, now 0.2"),
         (["seed=3", "batch_size=8"], "batch_size: was 4, now 8; seed: was 1000, now 3"),
         (["+optimizer.eps=1e-6"], "optimizer.eps: was None, now 1e-06"),
     ],
@@ -122,9 +124,95 @@ def test_what_is_not_its_own_is_refused(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis" / "thesis.tex").touch()
     with pytest.raises(FileExistsError, match="is in use"):
         again(tmp_path / "thesis")
-    pusht_act.run(["mode=resume", f"output_dir={copy}", "steps=5"])
-    with pytest.raises(ValueError, match="was not written by mode=test or mode=full.*use mode=resume"):
+    (copy / "checkpoints/last/pretrained_model/pusht_act.json").unlink()
+    (copy / "checkpoints/last/manifest.json").unlink()
+    with pytest.raises(ValueError, match="was not written by this project.*use mode=resume"):
         again(copy, "steps=6")
+
+
+def test_it_goes_on_after_mode_resume_if_the_configuration_is_the_same(copy: Path) -> None:
+    pusht_act.run(["mode=resume", f"output_dir={copy}", "steps=5"])
+    assert again(copy, "steps=6").step == 6
+    pusht_act.run(["mode=resume", f"output_dir={copy}", "steps=7", "policy.optimizer_lr=1e-3"])
+    with pytest.raises(ValueError, match="holds another run.*policy.optimizer_lr: was 0.001, now"):
+        again(copy, "steps=8")
+
+
+def _bug(*_: Any) -> None:
+    raise KeyError("x")
+
+
+@pytest.fixture
+def broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a run whose first step failed."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("no room on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "train_step", fail)
+        with pytest.raises(OSError, match="no room"):
+            pusht_act.run(tiny_command(f"output_dir={tmp_path / 'run'}"))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("option", ["resume.auto=true", "overwrite=true"])
+def test_a_run_that_failed_before_its_first_checkpoint_is_told_what_works(option: str, broken_off: Path) -> None:
+    command = tiny_command(f"output_dir={broken_off}")
+    with pytest.raises(FileExistsError) as in_use:
+        pusht_act.run(command)
+    assert "mode=resume" not in str(in_use.value)
+    assert option in str(in_use.value)
+    assert pusht_act.run([*command, option]).step == 4
+
+
+def test_mode_resume_of_a_run_without_a_checkpoint_names_what_works(broken_off: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="saved no checkpoint: give the command .* again with resume.auto=true"):
+        pusht_act.run(["mode=resume", f"output_dir={broken_off}"])
+
+
+def test_a_branch_without_a_checkpoint_is_told_what_works(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch = ["mode=resume", f"resume.path={copy}", f"output_dir={tmp_path / 'branch'}", "steps=5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(step_module, "train_step", _bug)
+        with pytest.raises(KeyError):
+            pusht_act.run(branch)
+    with pytest.raises(FileExistsError, match="is in use: give another output_dir=, or .* overwrite=true"):
+        pusht_act.run(branch)
+    with pytest.raises(FileNotFoundError, match="saved no checkpoint: give the command .* again with overwrite=true"):
+        pusht_act.run(["mode=resume", f"output_dir={tmp_path / 'branch'}"])
+    assert pusht_act.run([*branch, "overwrite=true"]).step == 5
+
+
+def test_what_to_do_after_a_loss_depends_on_whether_there_is_a_checkpoint(copy: Path) -> None:
+    config = to_config(OmegaConf.create(RunDir(copy).configuration()))
+    assert describe_restart(config, RunDir(copy)).startswith(
+        "to resume from the last checkpoint: the same command with"
+    )
+    assert f"mode=resume output_dir={copy} steps=4" in describe_restart(config, RunDir(copy))
+    shutil.rmtree(copy / "checkpoints")
+    said = "no checkpoint was saved yet: give the same command again with resume.auto=true"
+    assert describe_restart(config, RunDir(copy)) == said
+    assert again(copy).step == 4
+
+
+def test_the_log_ends_with_the_error_that_ended_the_run(broken_off: Path) -> None:
+    lines = (broken_off / "train.log").read_text().splitlines()
+    assert lines[-1].endswith("ERROR pusht-act: no room on the device")
+
+
+def test_the_log_has_the_traceback_of_an_unexpected_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(step_module, "train_step", _bug)
+    with pytest.raises(KeyError):
+        pusht_act.run(tiny_command(f"output_dir={tmp_path / 'run'}"))
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert "ERROR an unexpected error ended the run\nTraceback (most recent call last):" in text
+    assert text.endswith("KeyError: 'x'\n")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("given", ["resume.auto=true", "resume.auto=false", "resume={auto:true}"])

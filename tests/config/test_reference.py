@@ -1,9 +1,14 @@
 """The page of all options says what the schema says."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pusht_act.config.lerobot import describe_fields
+from pusht_act.config.lerobot_fields import lerobot_fields
 from pusht_act.config.options import Option
 from pusht_act.config.reference import reference
 from pusht_act.config.validation import OPTIONS
@@ -44,3 +49,22 @@ def test_choices_in_words() -> None:
     assert Option(choices=("a", "b", "c")).describe() == "a, b or c"
     assert Option(choices=("a",)).describe() == "a"
     assert Option().describe() == ""
+
+
+@pytest.mark.parametrize(("option", "code"), [("--help", 0), ("-x", 2)])
+def test_an_option_is_no_file_to_write(option: str, code: int, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pusht_act.config.reference", option],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code
+    assert "docs/configuration.md" in done.stdout if code == 0 else "unrecognized arguments: -x" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_committed_fields_are_those_of_lerobot() -> None:
+    hint = "run python -m pusht_act.config.lerobot"
+    assert json.loads(json.dumps(describe_fields())) == lerobot_fields(), hint

@@ -40,11 +40,22 @@ def test_an_absent_or_empty_directory_may_be_used(tmp_path: Path) -> None:
     ensure_unused(tmp_path, overwrite=False)
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_a_directory_in_use_is_refused_unless_it_may_be_moved(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [("run", "continue it with mode=resume, give another"), ("folder", "give another"), ("file", "give another")],
+)
+def test_a_directory_in_use_is_refused_unless_it_may_be_moved(kind: str, remedy: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
-    path.touch() if kind == "file" else write_run(path, 1)
-    with pytest.raises(FileExistsError, match=r"is in use: .*mode=resume.* job_name= or output_dir=.* overwrite=true"):
+    if kind == "file":
+        path.touch()
+    elif kind == "run":
+        write_run(path, 1)
+    else:
+        path.mkdir()
+        (path / "thesis.tex").touch()
+    with pytest.raises(
+        FileExistsError, match=rf"is in use: {remedy} job_name= or output_dir=, or move .* overwrite=true"
+    ):
         ensure_unused(path, overwrite=False)
     ensure_unused(path, overwrite=True)
 
@@ -115,6 +126,14 @@ def test_nothing_to_resume_names_the_runs_beside_it(tmp_path: Path) -> None:
     write_run(tmp_path / "test", 10)
     with pytest.raises(FileNotFoundError, match=rf"nothing to resume in {tmp_path}/train; there is {tmp_path}/test"):
         last_checkpoint(RunDir(tmp_path / "train"))
+
+
+def test_a_long_list_of_runs_is_cut(tmp_path: Path) -> None:
+    for number in range(9):
+        write_run(tmp_path / f"run{number}", 10)
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/run5 and 3 more \(give output_dir=\)") as caught:
+        last_checkpoint(RunDir(tmp_path / "train"))
+    assert "run6" not in str(caught.value)
 
 
 def test_an_evaluation_has_one_place_for_each_step_and_seeds() -> None:

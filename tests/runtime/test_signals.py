@@ -21,6 +21,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 
 import pusht_act
+from pusht_act import job as job_module
 from pusht_act import main
 from pusht_act.job import Result
 from pusht_act.runtime.process_pool import imap
@@ -203,7 +204,7 @@ def test_a_launchers_process_hands_the_signal_to_its_launcher(monkeypatch: pytes
     heard: list[int] = []
     former = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
     try:
-        monkeypatch.setattr(main, "run_job", lambda *_: signal.raise_signal(signal.SIGUSR2))
+        monkeypatch.setattr(job_module, "run_job", lambda *_: signal.raise_signal(signal.SIGUSR2))
         cfg = main.run.__globals__["OmegaConf"].create({"output_dir": "x", "mode": "test"})
         node = cfg.copy()
         node.update({"overrides": {"task": []}, "mode": "RUN", "runtime": {"choices": {}}})

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import hydra
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from pusht_act.job import Result
 from pusht_act.main import CONFIG_DIR
 from pusht_act.runtime.lock import LockOwner
 from pusht_act.sweeps import callback
@@ -25,6 +27,7 @@ from tests.helpers.runs import tiny_command
 from tests.helpers.sweeps import ran, states
 from tests.helpers.training import assert_same_bits
 
+Tiny = Callable[..., Result]
 BEGAN = ["mode=test", "seed=1,2", "hydra/sweeper=basic"]
 
 
@@ -83,6 +86,22 @@ def test_another_sweep_is_refused_with_what_differs(argv: list[str], said: str, 
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         expand_resume_args([each.replace("DIR", str(begun)) for each in argv])
     assert said.replace("DIR", str(begun)) in str(caught.value)
+
+
+def test_options_that_its_mode_refuses_by_now_are_left_out(tiny: Tiny, tmp_path: Path, commands: Commands) -> None:
+    run = tiny("steps=1").output_dir
+    typed = ["mode=eval", f"checkpoint={run}", "dataset=demos", "seed=3", "policy.optimizer_lr=0.1", "eval.n_videos=0"]
+    grid = [[*typed, f"eval.n_episodes={n}"] for n in (1, 2)]
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    content = {"overrides": [*typed, "eval.n_episodes=1,2", "hydra/launcher=basic"], "jobs": grid}
+    (sweep / "sweep.json").write_text(json.dumps(content))
+    output = tmp_path / "output"
+    assert commands.run(["-m", f"sweep.resume={sweep}"], output) == 0, output.read_text()
+    said = [line for line in output.read_text().splitlines() if "left out" in line]
+    assert len(said) == 1
+    assert said[0].endswith(": seed=3 policy.optimizer_lr=0.1")
+    assert [each.state for each in load_jobs(sweep)] == ["done", "done"]
 
 
 def test_a_damaged_identity_is_named(begun: Path) -> None:

@@ -135,6 +135,38 @@ def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 1)])
+def test_a_script_that_calls_run_ends_as_the_command_does(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Without a traceback, whichever rank is sent the signal."""
+    run = tmp_path / "run"
+    script = ["-c", "import sys, pusht_act; pusht_act.run(sys.argv[1:])", *tiny_command("steps=100000")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    ranks = []
+    for rank in "01":
+        with (tmp_path / rank).open("w") as file:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *script, f"output_dir={run}"],
+                    env={**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank},
+                    stdout=file,
+                    stderr=file,
+                )
+            )
+    appears(run / "train.log", "step 3/")
+    ranks[1].send_signal(number)
+    codes = [rank.wait(120) for rank in ranks]
+    printed = [(tmp_path / rank).read_text() for rank in "01"]
+    assert codes == [code, -signal.SIGKILL if number == signal.SIGKILL else code], printed
+    assert not any("Traceback" in text for text in printed), printed
+    if number == signal.SIGKILL:
+        assert "no checkpoint was saved yet: give the same command again with resume.auto=true" in printed[0]
+    else:
+        assert printed[0].count(f"stopped by {number.name} after step") == 1
+
+
+@pytest.mark.slow
 def test_each_process_has_noise_of_its_own(whole: Path) -> None:
     streams = [load_file(path) for path in sorted((whole / "checkpoints/last/training_state").glob("rng_state*"))]
     assert len(streams) == 2

@@ -1,0 +1,252 @@
+"""Command lines that are refused, and what their one line says; tests/config/test_errors.py runs them."""
+
+from tests.helpers.runs import tiny_command
+
+NOBODYS = "nobody/has-put-this-on-the-hub"
+
+# The command line, then what its one line must contain: the key with the value given, and the remedy.
+REFUSED = [
+    # names that are not there
+    ("foo=1", "foo is unknown", "--cfg job"),
+    ("+foo.bar=1", "foo is unknown", "--cfg job"),
+    ("stepps=3", "stepps is unknown", "did you mean steps?"),
+    ("polcy.dim_model=3", "polcy.dim_model", "did you mean policy.dim_model?"),
+    ("policy.n_actions_steps=3", "policy.n_actions_steps", "did you mean policy.n_action_steps?"),
+    ("policy.dim_feedforwrd=64", "policy.dim_feedforwrd", "did you mean +policy.dim_feedforward?"),
+    ("env.visualisation_width=64", "env.visualisation_width", "did you mean +env.visualization_width?"),
+    ("policy.dropout=0.2", "policy.dropout", "+policy.dropout=VALUE"),
+    ("scheduler.type=cosine", "scheduler.type", "+scheduler.type=VALUE"),
+    ("policy.batch_size=3", "policy.batch_size", "did you mean batch_size?"),
+    ("optimizer_lr=1e-4", "optimizer_lr", "did you mean policy.optimizer_lr?"),
+    ("~foo", "~foo", "there is no foo to remove"),
+    # names of old
+    ("policy.hidden_dim=256", "policy.hidden_dim", "did you mean policy.dim_model?"),
+    ("env_eval_freq=5", "env_eval_freq", "did you mean eval_freq?"),
+    ("training.steps=4", "training.steps", "did you mean steps?"),
+    ("lr=1e-4", "lr", "did you mean policy.optimizer_lr?"),
+    ("device=cuda", "device", "did you mean policy.device?"),
+    ("eval.seed=4", "eval.seed", "did you mean eval.start_seed?"),
+    ("resume=true", "resume=true", "did you mean mode=resume?"),
+    ("config_path=x", "config_path", "did you mean resume.path?"),
+    ("policy.path=x", "policy.path", "checkpoint (mode=eval)", "resume.path (mode=resume)"),
+    # names that are common elsewhere
+    *((f"{name}=4", f"{name} is unknown", "did you mean steps?") for name in ("max_steps", "num_train_steps")),
+    *((f"{name}=4", f"{name} is unknown", "did you mean steps?") for name in ("train_steps", "train.steps")),
+    ("epochs=4", "epochs is unknown", "did you mean steps (one epoch"),
+    *(
+        (f"{name}=1e-4", f"{name} is unknown", "did you mean policy.optimizer_lr?")
+        for name in ("learning_rate", "train.lr", "training.lr")
+    ),
+    ("lr_backbone=1e-4", "lr_backbone is unknown", "did you mean policy.optimizer_lr_backbone?"),
+    *(
+        (f"{name}=1", f"{name} is unknown", "did you mean +optimizer.grad_clip_norm?")
+        for name in ("grad_clip", "grad_clip_norm", "gradient_clip")
+    ),
+    ("num_workers=4", "num_workers is unknown", "did you mean eval.workers or demos.workers?"),
+    ("save_interval=4", "save_interval is unknown", "did you mean save_freq?"),
+    ("log_interval=4", "log_interval is unknown", "did you mean log_freq?"),
+    ("ckpt_path=x", "ckpt_path is unknown", "checkpoint (mode=eval) or resume.path (mode=resume)"),
+    ("wandb_project=x", "wandb_project is unknown", "did you mean wandb.project?"),
+    # what there is no more
+    ("mode=dagger", "mode=dagger was removed"),
+    ("dagger.labels=[x]", "dagger.* was removed", "leave it out"),
+    # groups
+    ("policy=act_smal", "policy=act_smal", "did you mean policy=act_small?"),
+    ("mode=train", "mode=train", "full, resume, status, test"),
+    ("polic=act", "polic", "did you mean policy?"),
+    ("+policy=act_small", "+policy", "leave the + out"),
+    ("policy=3", "policy=3 does not exist", "there is act, act_"),
+    ("hydra/launcher=slurm", "hydra/launcher=slurm", "submitit_slurm"),
+    # values of another type
+    ("steps=abc", "steps=abc", "give a whole number"),
+    ("steps=1.5", "steps=1.5", "give a whole number"),
+    ("batch_size=null", "batch_size=null", "must have a value"),
+    ("overwrite=perhaps", "overwrite=perhaps", "give true or false"),
+    ("wandb.enable=2", "wandb.enable=2", "give true or false"),
+    ("wandb={enable:-1}", "wandb.enable=-1", "give true or false"),
+    ("policy.chunk_size=abc", "policy.chunk_size=abc", "not a number"),
+    ("policy.optimizer_lr=null", "policy.optimizer_lr=None", "not a number"),
+    ("steps", "'steps'", "give KEY=VALUE"),
+    ("policy.n_action_steps=[", "policy.n_action_steps=[", "give KEY=VALUE"),
+    ("seed=1,2", "seed=1,2", "add -m"),
+    ("+policy.chunk_size=8", "policy.chunk_size", "leave the + out"),
+    # sizes
+    *((f"{key}=0", f"{key}=0", "give 1 or more") for key in ("steps", "batch_size", "eval.n_episodes")),
+    *((f"{key}=-1", f"{key}=-1", "give 0 or more") for key in ("seed", "eval_freq", "save_freq", "eval.n_videos")),
+    *((f"checkpoints.{key}=-1", f"checkpoints.{key}=-1", "give 0 or more") for key in ("keep_last", "keep_every")),
+    *((f"train.{key}=-1", f"train.{key}=-1", "give 0 or more") for key in ("max_nonfinite", "max_rollbacks")),
+    ("eval.workers=-1", "eval.workers=-1", "give 0 or more"),
+    ("policy.chunk_size=0", "policy.chunk_size=0", "give 1 or more"),
+    ("policy.n_action_steps=-4", "policy.n_action_steps=-4", "give 1 or more"),
+    ("policy.optimizer_lr=-1", "policy.optimizer_lr=-1", "give 0 or more"),
+    ("env.episode_length=0", "env.episode_length=0", "give 1 or more"),
+    ("dataset=demos demos.n_episodes=0", "demos.n_episodes=0", "give 1 or more"),
+    ("dataset=demos demos.n_episodes=2001", "demos.n_episodes=2001", "give 1 to 2000"),
+    ("policy.n_action_steps=101", "policy.n_action_steps=101", "policy.chunk_size=100", "give policy.n_action_steps="),
+    ("dataset.eval_split=1", "dataset.eval_split=1", "give a number in [0, 1)"),
+    ("eval_steps=5", "eval_steps=5", "dataset.eval_split=0.1"),
+    ("+scheduler.peak_lr=0", "scheduler.peak_lr=0", "give a number above 0"),
+    ("+scheduler.peak_lr=-1e-4", "scheduler.peak_lr=-0.0001", "give a number above 0"),
+    ("+scheduler.peak_lr=high", "scheduler.peak_lr=high", "give a number above 0"),
+    ("+scheduler.decay_lr=-1", "scheduler.decay_lr=-1", "give 0 or more"),
+    ("output_dir=", "output_dir=", "leave it out"),
+    # options that would do nothing
+    ("resume.path=x", "resume.path=x", "mode=resume"),
+    ("checkpoint=x", "checkpoint=x", "mode=eval"),
+    ("sweep=seeds", "sweep=seeds is for a sweep", "give -m"),
+    ("hydra/sweeper=optuna", "hydra/sweeper=optuna chooses the values of a sweep's jobs", "give -m"),
+    ("sweep=optuna_learning_rates hydra/sweeper=basic", "sweep=optuna_learning_rates is for a sweep", "give -m"),
+    ("sweep.max_tries=2", "sweep.max_tries=2 is for a sweep", "give -m"),
+    ("sweep.resume=x", "sweep.resume=x resumes a sweep", "give -m"),
+    ("-m sweep.resume=x", "sweep.resume=x holds no sweep", "give a folder such as multirun/DATE/TIME"),
+    ("checkpoints.keep_every=5", "checkpoints.keep_every=5", "checkpoints.keep_last=3"),
+    ("keep_last=5", "keep_last", "did you mean checkpoints.keep_last?"),
+    ("checkpoint.keep_last=5", "checkpoint.keep_last", "did you mean checkpoints.keep_last?"),
+    ("dataset=demos dataset.root=/data", "dataset.root=/data", "dataset=pusht"),
+    *(
+        (f"demos.{given}", f"demos.{given} is for mode=demos, not for mode=full: give mode=demos too", "leave it out")
+        for given in ("initial_states=x", "start_seed=2000000", "action_noise=1", "workers=2", "repo_id=me/x")
+    ),
+    *(
+        (f"demos.{given}", f"demos.{given} is for mode=demos, not for mode=full: give mode=demos too", "leave it out")
+        for given in ("coverage=0.98", "speed=9", "smoothness=2", "replan=1", "seed=3")
+    ),
+    *(
+        (f"demos.initial_states=x {mode}", "demos.initial_states=x is for mode=demos, not for mode=", "leave it out")
+        for mode in ("mode=test dataset=demos", "mode=resume", "mode=eval checkpoint=x")
+    ),
+    ("demos.push_to_hub=true", "demos.push_to_hub=True", "mode=demos", "leave it out"),
+    ("++demos.speed=8", "demos.speed=8", "mode=demos"),
+    ("demos={n_episodes:3,speed:8} dataset=demos", "demos.speed=8", "mode=demos"),
+    ("demos.n_episodes=30", "demos.n_episodes=30", "mode=demos or dataset=demos"),
+    ("demos.mirror=true", "demos.mirror=True", "for dataset=demos: give that too"),
+    ("mode=demos dataset=demos demos.mirror=true", "demos.mirror=True", "not for mode=demos: leave it out"),
+    ("mode=eval checkpoint=x demos.n_episodes=30", "demos.n_episodes=30 is for training", "and mode=demos, not for"),
+    ("+policy.input_features={}", "policy.input_features={}", "leave it out"),
+    ("+policy.n_obs_steps=2", "policy.n_obs_steps=2", "give policy.n_obs_steps=1"),
+    ("policy.push_to_hub=true policy.repo_id=me/x save_checkpoint=false", "save_checkpoint=false", "push_to_hub=true"),
+    # choices
+    ("policy.type=diffusion", "policy.type=diffusion", "give policy.type=act"),
+    ("wandb.mode=on", "wandb.mode=on", "online, offline or disabled"),
+    ("dataset.repo_id=null", "dataset.repo_id=None", "lerobot/pusht"),
+    ("+dataset.episodes=[0,0]", "dataset.episodes=[0, 0]", "[0,1,2]"),
+    ("+dataset.episodes=[]", "dataset.episodes=[]", "leave it out"),
+    # checkpoints
+    ("mode=eval", "mode=eval", "give checkpoint="),
+    ("mode=eval checkpoint=nowhere", "checkpoint=nowhere", "checkpoints/last"),
+    ("mode=eval checkpoint=.", "checkpoint=.", "no config.json", "checkpoints/STEP"),
+    ("mode=resume", "nothing to resume in outputs/act_pusht/train", "mode=full", "resume.path="),
+    ("mode=resume resume.path=nowhere", "resume.path=nowhere", "checkpoints/last"),
+    ("+policy.pretrained_path=nowhere", "policy.pretrained_path=nowhere", "checkpoints/last"),
+    # mode=status
+    ("mode=status", "mode=status needs a folder", "give dir=DIR"),
+    ("mode=status dir=nowhere", "dir=nowhere holds neither a sweep", "give a folder such as multirun/DATE/TIME"),
+    ("mode=status dir=.", "dir=. holds neither a sweep", "outputs/act_pusht/train"),
+    ("mode=status dir=. status.every=-1", "status.every=-1", "give 0 or more"),
+    ("mode=status dir=. status.every=soon", "status.every=soon", "give a number"),
+    ("-m mode=status dir=.", "mode=status looks at one sweep or run", "leave -m out"),
+    *(
+        (f"mode=status dir=. {given}", f"{given} is for ", "not for mode=status: leave it out")
+        for given in ("steps=3", "policy=act_small", "output_dir=x", "print_lerobot_command=True")
+    ),
+    ("dir=x", "dir=x is for mode=status", "leave it out"),
+    ("mode=eval checkpoint=x status.every=3", "status.every=3 is for mode=status", "leave it out"),
+    # the new options of a run that cannot be stopped for good
+    ("resume.auto=maybe", "resume.auto=maybe", "give true or false"),
+    ("resume.auto=2", "resume.auto=2", "give true or false"),
+    ("resume.auto=null", "resume.auto=null", "must have a value"),
+    *(
+        (f"{mode} resume.auto=true", "resume.auto=True is for mode=test and mode=full", "leave it out")
+        for mode in ("mode=resume", "mode=eval checkpoint=x", "mode=demos")
+    ),
+    ("resume.path=x resume.auto=true", "resume.path=x", "mode=resume"),
+    ("resume=auto", "resume=auto", "did you mean mode=resume?"),
+    *(
+        (f"train.{key}={value}", f"train.{key}={value}", remedy)
+        for key in ("max_nonfinite", "max_rollbacks")
+        for value, remedy in (("many", "whole number"), ("1.5", "whole number"), ("null", "must have a value"))
+    ),
+    *(
+        (f"{mode} {given}", f"{given} is for training (", f"not for {mode.split()[0]}: leave it out")
+        for mode in ("mode=eval checkpoint=x", "mode=demos")
+        for given in ("train.max_nonfinite=3", "train.max_rollbacks=3", "checkpoints.keep_last=3")
+    ),
+    # options that the mode does not use
+    *(
+        (f"mode=eval checkpoint=x {given}", f"{given} is for training (", "not for mode=eval: leave it out")
+        for given in (
+            *("steps=5", "batch_size=4", "log_freq=1", "save_checkpoint=True", "eval.background=False"),
+            *("wandb.enable=True", "dataset.root=/data", "policy.optimizer_lr=0.1", "policy.push_to_hub=True"),
+        )
+    ),
+    ("mode=eval checkpoint=x +optimizer.grad_clip_norm=1", "optimizer.grad_clip_norm=1 is for training (", "mode=eval"),
+    ("mode=eval checkpoint=x seed=3", "seed=3 is for training (", "mode=eval has eval.start_seed="),
+    ("mode=eval checkpoint=x overwrite=true", "overwrite=True is for training (", "and mode=demos, not for mode=eval"),
+    *(
+        (f"mode=demos {given}", f"{given} is for training (", "not for mode=demos: leave it out")
+        for given in ("policy.dim_model=64", "eval.n_episodes=3", "seed=3", "wandb.enable=False", "steps=5")
+    ),
+    ("mode=demos policy.push_to_hub=true", "policy.push_to_hub=True is for training (", "demos.push_to_hub="),
+    ("mode=demos checkpoint=x", "checkpoint=x is for mode=eval, not for mode=demos", "leave it out"),
+    ("mode=resume +policy.pretrained_path=x", "policy.pretrained_path=x is for mode=test", "leave it out"),
+    ("mode=demos checkpoints.background=false", "checkpoints.background=False is for training", "leave it out"),
+    ("checkpoints.background=perhaps", "checkpoints.background=perhaps", "give true or false"),
+    ("checkpoints.background=3", "checkpoints.background=3", "give true or false"),
+    ("checkpoint.background=false", "checkpoint.background=false", "did you mean checkpoints.background?"),
+    ("train=3", "train=3", "give one of its keys"),
+    ("train.max_nan=3", "train.max_nan", "did you mean train.max_nonfinite?"),
+    ("train.profile=true steps=5", "steps=5", "train.profile=true", "give 25 or more"),
+    # numbers that are none
+    *(
+        (f"{key}={value}", f"{key.strip('+')}={value}", "give 0 or more")
+        for key in ("policy.optimizer_lr", "policy.kl_weight", "+optimizer.grad_clip_norm")
+        for value in ("nan", "inf", "-inf")
+    ),
+    ("+scheduler.peak_lr=nan", "scheduler.peak_lr=nan", "give a number above 0"),
+    ("+scheduler.peak_lr=inf", "scheduler.peak_lr=inf", "give a number above 0"),
+    ("dataset.eval_split=nan", "dataset.eval_split=nan", "[0, 1)"),
+    ("mode=demos demos.coverage=nan", "demos.coverage=nan", "give a number in [0.95, 1)"),
+    ("steps=inf", "steps=inf", "give a whole number"),
+    ("batch_size=true", "batch_size=true", "give a whole number"),
+    ("policy.chunk_size=3.5", "policy.chunk_size=3.5 is not a whole number", "give 1 or more"),
+    ("policy.dim_model=1e3", "policy.dim_model=1000.0 is not a whole number", "give 1 or more"),
+    ("wandb.entity=[1]", "wandb.entity=[1]", "give one text"),
+    ("mode=eval checkpoint=[x]", "checkpoint=[x]", "give one text"),
+    (f"mode=eval checkpoint={NOBODYS}", f"checkpoint={NOBODYS}", "give a path"),
+    # after a run of TINY; these need LeRobot to be judged
+    *((" ".join(tiny_command(*row[0].split(" "))), *row[1:]) for row in [
+    ("+policy.dropuot=0.2", "policy.dropuot", "did you mean policy.dropout?"),
+    ("+policy.dropout=abc", "policy.dropout=abc", "float"),
+    ("+policy.dropout=2", "policy.dropout=2", "give a number in [0, 1)"),
+    ("policy.dim_model=33", "policy.dim_model=33", "policy.n_heads=4", "give policy.dim_model=32"),
+    ("+policy.feedforward_activation=tanh", "policy.feedforward_activation=tanh", "relu, gelu, glu"),
+    ("+policy.vision_backbone=resnet999", "policy.vision_backbone=resnet999", "resnet18"),
+    ("+policy.vision_backbone=vit", "policy.vision_backbone=vit", "ResNet"),
+    ("policy.pretrained_backbone_weights=x", "policy.pretrained_backbone_weights=x", "or null"),
+    ("+policy.temporal_ensemble_coeff=0.01", "policy.n_action_steps=8", "must be 1"),
+    ("+policy.normalization_mapping.STATE=X", "policy.normalization_mapping", "NormalizationMode"),
+    ("+policy.use_peft=true", "policy.use_peft=True", "leave it false"),
+    ("+policy.pretrained_revision=x", "policy.pretrained_revision=x", "leave it out"),
+    ("+env.foo=1", "env.foo", "PushtEnv has task, fps, ", "more"),
+    ("env.type=aloha", "env.type=aloha", "give env.type=pusht"),
+    ("env.task=Other", "env.task=Other", "give env.task=PushT-v0"),
+    ("env.obs_type=state", "env.obs_type=state", "pixels_agent_pos"),
+    ("+env.observation_width=96", "env.observation_width=96", "leave it out"),
+    ("+env.render_mode=human", "env.render_mode=human", "leave it out"),
+    ("+env.features={}", "env.features={}", "leave it out"),
+    ("+dataset.streaming=true", "dataset.streaming=True is not supported", "leave it out"),
+    ("+dataset.image_transforms.enable=true", "dataset.image_transforms", "is not supported", "leave it out"),
+    ("+dataset.episodes=[0,99]", "dataset.episodes=[99]", "it has 0 to 3"),
+    ("dataset.eval_split=0.9", "dataset.eval_split=0.9", "lower it"),
+    ("+optimizer.lr=1", "optimizer.lr=1", "give policy.optimizer_lr="),
+    ("+optimizer.foo=1", "optimizer.foo", "grad_clip_norm"),
+    ("+optimizer.type=sgd", "optimizer.type=sgd", "give adamw"),
+    ("+optimizer.betas=[2,3]", "optimizer.betas=[2.0, 3.0]", "give two numbers"),
+    ("+optimizer.betas=3", "optimizer.betas=3", "tuple[float, float]"),
+    ("+scheduler.type=cosine", "scheduler.type=cosine", "cosine_decay_with_warmup"),
+    ("+scheduler.type=cosine_decay_with_warmup", "scheduler.num_warmup_steps", "+scheduler.peak_lr=VALUE"),
+    (f"dataset=pusht_keypoints dataset.repo_id={NOBODYS}", f"dataset.repo_id={NOBODYS}", "dataset=demos"),
+    ("dataset=pusht_keypoints dataset.root=/nowhere", "dataset.root=/nowhere", "dataset.root=PATH"),
+    ("output_dir=/proc/run", "output_dir=/proc/run", "where you may write"),
+    ]),
+]  # fmt: skip
