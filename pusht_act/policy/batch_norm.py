@@ -36,11 +36,14 @@ _shard_is_empty: ContextVar[bool] = ContextVar("shard_is_empty", default=False)
 class LiveBatchNorm2d(FrozenBatchNorm2d):  # type: ignore[misc]
     """Normalize by the batch of all ranks in training mode, and by the stored statistics otherwise."""
 
+    over_ranks = True
+    """Whether the batch is shared by all ranks; the statistics are computed by one of them alone."""
+
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Return `x` normalized by channel."""
         if not self.training:
             return super().forward(x)  # type: ignore[no-any-return]
-        if world_size() > 1:
+        if self.over_ranks and world_size() > 1:
             return _normalize_over_ranks(x, self.weight, self.bias, self.eps)
         # F.batch_norm would refuse a channel of a single value, such as that of a one-pixel map of one sample.
         return torch.batch_norm(x, self.weight, self.bias, None, None, True, 0.0, self.eps, False)
@@ -91,12 +94,15 @@ def update_statistics(policy: ACTPolicy, batches: Iterable[dict[str, Tensor]]) -
     policy.train()
     count = 0
     try:
+        for layer in layers:
+            layer.over_ranks = False
         for batch in batches:
             for key in policy.config.image_features:
                 policy.model.backbone(batch[key])
                 count += 1
     finally:
-        for hook in hooks:
+        for layer, hook in zip(layers, hooks, strict=True):
+            layer.over_ranks = True
             hook.remove()
         policy.train(was_training)
     for layer, (mean, square) in sums.items():
