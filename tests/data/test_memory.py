@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,11 @@ ROOM_MB = 200
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path / "cache"))
+    yield
+    # Hundreds of megabytes, which pytest would keep for three sessions.
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
 
 
 def test_rendering_takes_no_more_memory_for_more_demonstrations() -> None:
