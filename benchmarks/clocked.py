@@ -162,8 +162,10 @@ def _repeat_data(episodes: int) -> None:
             free = shutil.disk_usage(cache_root()).free
             if needed > free / 2:  # the disk is not for a benchmark to fill
                 raise OSError(f"{episodes} episodes need {needed / MB:.0f} MB, there are {free / MB:.0f} MB free")
+            specs = {key: ((int(ends[-1]), *array.shape[1:]), array.dtype.name) for key, array in frames.arrays.items()}
+            arrays = allocate(f"repeating {frames.repo_id}, {episodes:,} episodes", specs)
             for key, array in frames.arrays.items():
-                out = allocate(key, (int(ends[-1]), *array.shape[1:]), array.dtype.name)
+                out = arrays[key]
                 for start in range(0, len(out), len(array)):
                     out[start : start + len(array)] = array[: len(out) - start]
             return BuiltDataset(

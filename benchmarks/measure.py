@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from pusht_act.runtime.system import cores
 
 HERE = Path(__file__).parent
 MB = 1 << 20
+PF_FORKNOEXEC = 0x40
+"""Flag in /proc/PID/stat, from Linux's sched.h: the process was forked and has not executed a program."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,56 @@ def tree_memory(root: int) -> Memory:
             continue
         peak, rss, pss = peak + status.get("VmHWM", 0), rss + status.get("VmRSS", 0), pss + shared.get("Pss", 0)
     return Memory(peak / 1024, rss / 1024, pss / 1024)
+
+
+class PeakMemory:
+    """Within this, watch the anonymous memory (RssAnon) of this process and of all below it.
+
+    That is what the kernel cannot drop: without the pages of files that are mapped, and counted once.
+    """
+
+    process_mb = 0.0
+    """Highest of this process."""
+    workers_mb = 0.0
+    """Highest of the others together."""
+
+    def __enter__(self) -> "PeakMemory":
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        # Often enough to see an array that lives for a tenth of a second.
+        while not self._ended.wait(0.02):
+            self._look()
+
+    def _look(self) -> None:
+        own, *others = (_anonymous_mb(pid) for pid in _tree(os.getpid()))
+        self.process_mb, self.workers_mb = max(self.process_mb, own), max(self.workers_mb, sum(others))
+
+
+def _tree(pid: int) -> list[int]:
+    """Return `pid` and all processes below it."""
+    # A process is listed as the child of the thread that started it.
+    lists = [line for path in Path(f"/proc/{pid}/task").glob("*/children") for line in _lines(str(path))]
+    return [pid, *(below for line in lists for child in line.split() for below in _tree(int(child)))]
+
+
+def _anonymous_mb(pid: int) -> float:
+    try:
+        # A process that is just being started borrows its parent's memory until it executes a program of its own.
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+        if flags & PF_FORKNOEXEC and pid != os.getpid():
+            return 0.0
+        return _kilobytes(Path(f"/proc/{pid}/status")).get("RssAnon", 0) / 1024
+    except OSError:
+        return 0.0
 
 
 def _kilobytes(path: Path) -> dict[str, int]:

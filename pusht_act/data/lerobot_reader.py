@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 # Long against the distance between two key frames, from which a thread has to start.
 FRAMES_PER_PART = 1000
 """Frames of a video file that one thread decodes at a time."""
+ROWS_PER_BATCH = 500
+"""Rows of a parquet file that are in memory at a time, with their images if they have any."""
 
 
 def open_lerobot_dataset(dataset: DatasetConfig) -> FrameDataset:
@@ -124,21 +127,20 @@ def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDatase
     # Rewards, indices and timestamps are of no use to training: do not cache them.
     features = {k: f for k, f in info["features"].items() if k.startswith("observation.") or k == "action"}
     total = info["total_frames"]
-    log.info("decoding %s once: %d frames", root, total)
     episodes = _read_parquet(root / "meta" / "episodes", ["dataset_from_index", "dataset_to_index", "tasks"])
     bounds = np.stack([episodes["dataset_from_index"].to_numpy(), episodes["dataset_to_index"].to_numpy()], axis=1)
     if len(bounds) != info["total_episodes"] or bounds[-1, 1] != total:
         raise UserError(f"{root / 'meta'} is damaged: info.json and episodes disagree; fetch the data set again")
-    arrays: dict[str, np.ndarray] = {}
+    specs: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, feature in features.items():
         if feature["dtype"] in ("video", "image"):
             if (feature.get("info") or {}).get("is_depth_map"):
                 raise UserError(f"{root}: {key} is a depth map, which ACT on PushT does not read")
             height, width, channels = feature["shape"]
-            arrays[key] = allocate(key, (total, channels, height, width), "uint8")
+            specs[key] = (total, channels, height, width), "uint8"
         else:
-            arrays[key] = allocate(key, (total, *feature["shape"]), "float32")
-    _fill(root, info, arrays)
+            specs[key] = (total, *feature["shape"]), "float32"
+    _fill(root, info, allocate(f"decoding {root}, {total:,} frames", specs))
     return BuiltDataset(
         episodes=bounds,
         tasks=[task[0] if task else "" for task in episodes["tasks"].to_pylist()],
@@ -150,19 +152,28 @@ def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDatase
 
 def _fill(root: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
     columns = [key for key in arrays if info["features"][key]["dtype"] != "video"]
-    table = _read_parquet(root / "data", [*columns, "index", "timestamp", "episode_index"])
+    table = _read_parquet(root / "data", ["index", "timestamp"])
     # The rows of all files together are the frames in order; nothing below would notice a missing file.
     if not np.array_equal(table["index"].to_numpy(), np.arange(info["total_frames"])):
         raise UserError(f"{root / 'data'} is damaged: its frames are not 0 to {info['total_frames'] - 1}")
-    for key in columns:
-        column = table[key].combine_chunks()
-        if info["features"][key]["dtype"] == "image":
-            for i, cell in enumerate(tqdm(column.to_pylist(), desc=f"decoding {key}", unit="frame")):
-                arrays[key][i] = np.asarray(Image.open(BytesIO(cell["bytes"])).convert("RGB")).transpose(2, 0, 1)
-        else:
-            arrays[key][:] = column.flatten().to_numpy().reshape(arrays[key].shape)
+    _copy_columns(root / "data", info, {key: arrays[key] for key in columns})
     for key in arrays.keys() - set(columns):
         _decode_videos(root, info, key, table["timestamp"].to_numpy(), arrays[key])
+
+
+def _copy_columns(folder: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Copy the columns of the parquet files in `folder`, images among them, into `arrays`."""
+    stop = 0
+    with tqdm(total=info["total_frames"], desc="decoding", unit="frame", delay=1, disable=None) as progress:
+        for batch in _iter_parquet(folder, [*arrays]):
+            start, stop = stop, stop + len(batch)
+            for key, array in arrays.items():
+                if info["features"][key]["dtype"] == "image":
+                    for i, cell in enumerate(batch[key].to_pylist(), start):
+                        array[i] = np.asarray(Image.open(BytesIO(cell["bytes"])).convert("RGB")).transpose(2, 0, 1)
+                else:
+                    array[start:stop] = batch[key].flatten().to_numpy().reshape(-1, *array.shape[1:])
+            progress.update(len(batch))
 
 
 def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.ndarray, out: np.ndarray) -> None:
@@ -171,16 +182,16 @@ def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.nd
     names = ["dataset_from_index", "dataset_to_index", f"{prefix}/chunk_index", f"{prefix}/file_index"]
     rows = _read_parquet(root / "meta" / "episodes", [*names, f"{prefix}/from_timestamp"]).to_pylist()
 
-    # By file: the number of each frame in the data set, and its time in the file (s).
-    files: dict[Path, list[tuple[int, float]]] = {}
+    # By file, for each episode: the numbers of its frames in the data set, and their times in the file (s).
+    files: dict[Path, list[tuple[np.ndarray, np.ndarray]]] = {}
     for row in rows:
         start, stop, chunk, file = (row[name] for name in names)
         path = _within(root, info["video_path"], "video_path", video_key=key, chunk_index=chunk, file_index=file)
         times = row[f"{prefix}/from_timestamp"] + timestamps[start:stop]
-        files.setdefault(path, []).extend(zip(range(start, stop), times.tolist(), strict=True))
+        files.setdefault(path, []).append((np.arange(start, stop), times))
 
     # Threads of ours, since FFmpeg's would parallelize the decoding alone, a third of the work; the rest is conversion.
-    parts = [(path, part) for path, wanted in files.items() for part in _parts(wanted)]
+    parts = [(path, part) for path, spans in files.items() for part in _parts(spans)]
     stop = threading.Event()
     with (
         tqdm(total=len(out), desc=f"decoding {key}", unit="frame", disable=None) as progress,
@@ -198,27 +209,30 @@ def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.nd
             stop.set()
 
 
-def _parts(wanted: list[tuple[int, float]]) -> Iterator[list[tuple[int, float]]]:
+def _parts(spans: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Split the frames of one file, ordered by time, into parts for the threads."""
-    wanted.sort(key=lambda item: item[1])
-    for start in range(0, len(wanted), FRAMES_PER_PART):
-        yield wanted[start : start + FRAMES_PER_PART]
+    numbers, times = (np.concatenate(each) for each in zip(*spans, strict=True))
+    order = np.argsort(times, kind="stable")
+    for start in range(0, len(order), FRAMES_PER_PART):
+        part = order[start : start + FRAMES_PER_PART]
+        yield numbers[part], times[part]
 
 
 def _decode_part(
-    path: Path, wanted: list[tuple[int, float]], tolerance: float, out: np.ndarray, stop: threading.Event
+    path: Path, wanted: tuple[np.ndarray, np.ndarray], tolerance: float, out: np.ndarray, stop: threading.Event
 ) -> int:
     """Decode frames of a file into `out` and return how many.
 
     Args:
         path: The video file.
-        wanted: Number of each frame in `out`, and its time in the file (s), ordered by time.
+        wanted: The frames' numbers in `out`, and their times in the file (s), ordered by time.
         tolerance: How far a frame may be from its time, s.
         out: uint8 [N, 3, H, W].
         stop: Ends the decoding early when set.
     """
-    frames = _video_frames(path, wanted[0][1] - tolerance)
-    for index, time in wanted:
+    numbers, times = (each.tolist() for each in wanted)
+    frames = _video_frames(path, times[0] - tolerance)
+    for index, time in zip(numbers, times, strict=True):
         # LeRobot takes the frame that is nearest in time, which is within half a frame of it.
         image = next((image for at, image in frames if at > time - tolerance), None)
         if image is None:
@@ -226,7 +240,7 @@ def _decode_part(
         out[index] = image.transpose(2, 0, 1)
         if stop.is_set():
             break
-    return len(wanted)
+    return len(numbers)
 
 
 def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]]:
@@ -247,14 +261,34 @@ def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]
 
 
 def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
-    """Read the parquet files of `folder` as one table, in the order of their names."""
+    """Read columns of the parquet files of `folder` as one table; they should be small."""
+    tables = []
+    for path in _parquet_files(folder):
+        with _readable(path):
+            tables.append(pq.read_table(path, columns=columns))
+    return pa.concat_tables(tables)
+
+
+def _iter_parquet(folder: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows that `_read_parquet` reads, some at a time."""
+    for path in _parquet_files(folder):
+        with _readable(path), pq.ParquetFile(path) as file:
+            # Unlike read_table it would leave out what is missing.
+            if missing := {*columns} - {*file.schema_arrow.names}:
+                raise pa.ArrowInvalid(f"no column {', '.join(sorted(missing))}")
+            yield from file.iter_batches(ROWS_PER_BATCH, columns=columns)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
     paths = sorted(folder.rglob("*.parquet"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no parquet file: fetch the data set again")
-    tables = []
-    for path in paths:
-        try:
-            tables.append(pq.read_table(path, columns=columns))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again") from error
-    return pa.concat_tables(tables)
+    return paths
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again") from error

@@ -15,6 +15,7 @@ FrameDataset, all N frames, memory-mapped            EpisodeSampler(seed): LeRob
 import copy
 import logging
 import math
+import warnings
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,7 @@ class BatchLoader:
                 image_bytes / 1e9, device, room / 1e9, PREFETCH_BATCHES,
             )  # fmt: skip
         self._on_host = {key: frames.arrays[key] for key in on_host}
-        self._arrays = {k: torch.from_numpy(a).to(device) for k, a in frames.arrays.items() if k not in on_host}
+        self._arrays = {k: _as_tensor(a).to(device) for k, a in frames.arrays.items() if k not in on_host}
         self._images = frames.image_keys
         # For each frame the last one of its episode, where its chunk of actions has to end.
         lengths = np.diff(frames.episodes, axis=1).ravel()
@@ -127,6 +128,14 @@ class BatchLoader:
 
     def _to_device(self, inputs: BatchIndices) -> BatchIndices:
         return {key: tensor.to(self._device, non_blocking=self._pinned) for key, tensor in inputs.items()}
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    """Return an array as a tensor without a copy."""
+    # PyTorch warns about a map that is read only. Nothing writes to the frames.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def image_memory_budget(device: str) -> float:

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import DatasetCard
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from tqdm import tqdm
 
 from pusht_act.demos.expert import Demonstration
 from pusht_act.demos.features import FEATURES, TASK
+from pusht_act.demos.image_stats import count_values, image_stats
 from pusht_act.demos.initial_states import describe_start
 from pusht_act.demos.replay import ReplayedEpisode, replay_all
 
@@ -73,7 +74,7 @@ def write_lerobot(root: Path, solved: Sequence[Demonstration], image: bool, work
             for demo, episode in tqdm(pairs, "writing", len(solved), unit="demo", disable=None):
                 assert episode.success[-1], f"the demonstration of {describe_start(demo.start)} does not replay"
                 if episode.image is not None:
-                    counts += _histogram(episode.image)
+                    counts += count_values(episode.image)
                 for frame in _frames(demo, episode):
                     dataset.add_frame(frame)
                 dataset.save_episode()
@@ -103,11 +104,6 @@ def _frames(demo: Demonstration, episode: ReplayedEpisode) -> Iterator[dict[str,
         }
 
 
-def _histogram(image: UInt8[np.ndarray, "T H W 3"]) -> Int64[np.ndarray, "3 256"]:
-    """Count how often each value occurs in each channel."""
-    return np.stack([np.bincount(image[..., channel].ravel(), minlength=256) for channel in range(3)])
-
-
 def _correct_statistics(root: Path, counts: Int64[np.ndarray, "3 256"], frames: int) -> None:
     """Replace the statistics of the images in stats.json by exact ones.
 
@@ -120,17 +116,7 @@ def _correct_statistics(root: Path, counts: Int64[np.ndarray, "3 256"], frames: 
     # deviations of lerobot/pusht's channels come out 6 to 18 % too low. It also samples at most 100 frames an episode.
     path = root / "meta" / "stats.json"
     stats = json.loads(path.read_text())
-    value, share = np.arange(256) / 255.0, counts / counts.sum(axis=1, keepdims=True)
-    mean = share @ value
-    # Images have 256 values, so quantiles of the histogram are exact.
-    below = np.cumsum(share, axis=1)
-    exact = {
-        "min": value[(counts > 0).argmax(axis=1)],
-        "max": value[255 - (counts[:, ::-1] > 0).argmax(axis=1)],
-        "mean": mean,
-        "std": np.sqrt((share * (value - mean[:, None]) ** 2).sum(axis=1)),
-        **{f"q{q:02d}": value[(below >= q / 100).argmax(axis=1)] for q in (1, 10, 50, 90, 99)},
-    }
+    exact = image_stats(counts)
     assert exact.keys() | {"count"} == stats["observation.image"].keys()
     stats["observation.image"] = {
         **{name: array.reshape(3, 1, 1).tolist() for name, array in exact.items()},

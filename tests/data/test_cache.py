@@ -1,5 +1,6 @@
 """The cache of decoded data sets: asked for by many at once, killed as it is made, damaged on disk."""
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,7 +25,7 @@ def opened(seconds: float = 0.0) -> FrameDataset:
     def build(allocate: Allocate) -> BuiltDataset:
         with Path("builds").open("a") as file:
             file.write(f"{os.getpid()}\n")
-        action = allocate("action", ACTIONS.shape, "float32")
+        action = allocate("counting to 30", {"action": (ACTIONS.shape, "float32")})["action"]
         time.sleep(seconds)
         action[:] = ACTIONS
         features = {"action": {"dtype": "float32", "shape": [2]}}
@@ -125,7 +126,7 @@ def test_damage_on_disk_is_found_at_opening_and_mended(
         damage(path, *(v % size if v < 0 else v for v in value))
         assert is_sound(opened())
         assert builds() == number
-        (line,) = [record.getMessage() for record in caplog.records]
+        (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert f"the cached data set {folder} is damaged (" in line
         assert name in line
         assert line.endswith("building it again")
