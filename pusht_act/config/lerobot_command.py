@@ -11,6 +11,8 @@ import yaml
 from pusht_act.config.schema import AUTO, EMBEDDED_REPO_ID, Config, Mode
 from pusht_act.runtime.errors import UserError
 
+NO_EQUIVALENT = {"mirror": 0.0, "random_shift": 0, "state_noise": 0.0, "chunk_discount": 1.0}
+"""Options of `train` that stock does not have, and the value that means without."""
 RESTORED = ("policy.optimizer_lr", "policy.optimizer_lr_backbone", "policy.optimizer_weight_decay")
 """What stock takes from the optimizer's saved state on a resume, whatever its command line says."""
 
@@ -53,10 +55,7 @@ def _train_flags(config: Config) -> dict[str, Any]:
             f"policy.pretrained_path={path} has no equivalent: lerobot-train takes the statistics of the data set in "
             "place of the checkpoint's; leave it out"
         )
-    if config.train.precision == "bf16" and not config.policy.get("use_amp"):
-        raise UserError(
-            "train.precision=bf16 has no equivalent: lerobot-train evaluates as it trains; give policy.use_amp=true"
-        )
+    _check_step(config)
     # Named one by one: what stock LeRobot does not know must not reach its command line.
     wandb = config.wandb
     return {
@@ -78,6 +77,25 @@ def _train_flags(config: Config) -> dict[str, Any]:
         "wandb.enable": wandb.enable,
         **_section("wandb", _given({k: getattr(wandb, k) for k in ("project", "entity", "mode", "notes")})),
     }
+
+
+def _check_step(config: Config) -> None:
+    """Refuse a step that stock does not take."""
+    train, policy = config.train, config.policy
+    if train.precision in ("bf16", AUTO) and not policy.get("use_amp"):
+        raise UserError(
+            f"train.precision={train.precision} has no equivalent: lerobot-train evaluates as it trains; give "
+            "policy.use_amp=true"
+        )
+    from_scratch = policy.get("pretrained_backbone_weights", AUTO) is None and "pixels" in config.env["obs_type"]
+    if (train.backbone_norm or ("batch" if from_scratch else "frozen")) == "batch":
+        raise UserError(
+            "train.backbone_norm=batch, which is also what random weights have, has no equivalent: lerobot-train's "
+            "norms are frozen; give train.backbone_norm=frozen"
+        )
+    for name, none in NO_EQUIVALENT.items():
+        if (value := getattr(train, name)) != none:
+            raise UserError(f"train.{name}={value} has no equivalent in lerobot-train: give train.{name}={none}")
 
 
 def _optimizer_flags(config: Config) -> dict[str, Any]:

@@ -23,15 +23,17 @@ def resolve_automatic(config: Config, start: Checkpoint | None) -> Config:
     policy, train = dict(config.policy), config.train
     if start is None and (pretrained := policy.get("pretrained_path")):
         start = Checkpoint(Path(pretrained))
+    has_backbone = config.env.get("obs_type", "pixels_agent_pos") == "pixels_agent_pos"
     if policy.get("pretrained_backbone_weights") == AUTO:
         # A checkpoint brings weights of its own, and keypoints have no backbone.
-        needed = start is None and config.env.get("obs_type", "pixels_agent_pos") == "pixels_agent_pos"
+        needed = start is None and has_backbone
         backbone = policy.get("vision_backbone", "resnet18")
         policy["pretrained_backbone_weights"] = available_weights(backbone) if needed else None
     if train.precision == AUTO:
         train = replace(train, precision="bf16" if _has_bf16(policy.get("device", AUTO)) else "fp32")
     if train.backbone_norm is None:
-        norm = _norm_of(start) if start is not None else _norm_for(policy.get("pretrained_backbone_weights", ""))
+        from_scratch = has_backbone and policy.get("pretrained_backbone_weights", AUTO) is None
+        norm = _norm_of(start) if start is not None else "batch" if from_scratch else "frozen"
         train = replace(train, backbone_norm=norm)
     return replace(config, policy=policy, train=train)
 
@@ -40,11 +42,6 @@ def _has_bf16(device: str) -> bool:
     """Return whether `device` computes in bfloat16 by itself."""
     on_cpu = torch.device(resolve_device(device)).type == "cpu"
     return cpu_has_bf16() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _norm_for(weights: str | None) -> str:
-    """Return the norm that fits the backbone's first `weights`; None: random ones."""
-    return "batch" if weights is None else "frozen"
 
 
 def _norm_of(checkpoint: Checkpoint) -> str:

@@ -73,7 +73,7 @@ def differing(ours: Any, stock: Any, prefix: str = "") -> list[str]:
     [
         [],
         ["mode=test"],
-        ["policy=act_small"],
+        ["policy=act_small", "train.backbone_norm=frozen"],
         ["env=pusht_keypoints"],
         ["logging=local"],
         ["dataset.root=/data/a folder", "+dataset.episodes=[0,2]", "+dataset.use_imagenet_stats=false"],
@@ -95,6 +95,9 @@ def test_stock_reads_the_job_field_by_field(
     config = job(*overrides)
     program, arguments = words(lerobot_command(config))
     assert program == "lerobot-train"
+    # Where ours looks whether they can be had, stock has ImageNet's.
+    if config.policy["pretrained_backbone_weights"] == "auto":
+        config.policy["pretrained_backbone_weights"] = "ResNet18_Weights.IMAGENET1K_V1"
     stock = stock_train_config(arguments, monkeypatch)
     ours = train_pipeline_config(config, decode(config), wandb_run_id=None)
     expected = ["use_policy_training_preset", "scheduler"] if config.optimizer or config.scheduler else []
@@ -125,6 +128,19 @@ def test_options_of_the_optimizer_alone_come_with_a_constant_schedule(
 def test_auto_leaves_the_device_to_stock() -> None:
     assert "policy.device" not in lerobot_command(job("policy.device=auto"))
     assert "--policy.device=cuda" in lerobot_command(job("policy.device=cuda", "+optimizer.eps=1e-6"))  # for elsewhere
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("train.backbone_norm=batch", "policy=act_small", "train.mirror=0.5", "train.random_shift=4"),
+        *("train.state_noise=2", "train.chunk_discount=0.9", "train.precision=auto"),
+    ],
+)
+def test_a_step_that_stock_does_not_take_has_no_command(option: str) -> None:
+    name = "train.backbone_norm=batch" if option == "policy=act_small" else option.partition(".")[2].partition("=")[0]
+    with pytest.raises(ValueError, match=f"{name}.* has no equivalent.*give"):
+        lerobot_command(job(option))
 
 
 def test_embedded_data_has_no_stock_command() -> None:

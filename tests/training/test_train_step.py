@@ -185,7 +185,7 @@ def test_precision_of_a_run_is_trainings_alone(tiny: Tiny, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["train.precision=fp16"], "train.precision=fp16 is unknown: give train.precision=fp32 or bf16"),
+        (["train.precision=fp16"], "train.precision=fp16 is unknown: give train.precision=fp32, bf16 or auto"),
         (["train.precision=fp32", "+policy.use_amp=true"], "train.precision=fp32 contradicts policy.use_amp=true"),
         (["train.fast_dropout=true", "train.compile=true"], "train.fast_dropout=true: .* give train.compile=false"),
         (
