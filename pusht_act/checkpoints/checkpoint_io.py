@@ -78,6 +78,8 @@ class TrainerState:
 
     A later save removes them, except the best one and that of `pending`."""
     wandb_run_id: str | None = None
+    elapsed_s: float = 0.0
+    """Seconds of training so far, in all processes of the run, but without the time in which none ran."""
 
 
 @dataclass(frozen=True)

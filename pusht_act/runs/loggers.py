@@ -2,8 +2,10 @@
 
 import json
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pusht_act.config.schema import Config
 from pusht_act.runs.run_dir import RunDir
@@ -16,7 +18,7 @@ log = logging.getLogger(__name__)
 class Logger(Protocol):
     """A destination of metrics."""
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int) -> None:
         """Log `values` of one step."""
 
     def close(self, failed: bool) -> None:
@@ -24,7 +26,9 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """Writes metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ...}.
+    """Writes metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ..., "time": 1767225600.123}.
+
+    `time` is when the line was logged, in seconds since the epoch.
 
     Each step has one line for each group of metrics. The line of a background evaluation comes after those of later
     steps. Lines that a full disk does not take are kept, and written as soon as there is room.
@@ -37,9 +41,10 @@ class JsonlLogger:
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
 
-    def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
+    def log(self, values: dict[str, Any], step: int) -> None:  # noqa: D102
         unwritten = self._unwritten
-        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        line = {"step": step, **values, "time": round(time.time(), 3)}
+        self._unwritten += json.dumps(line).encode() + b"\n"
         # write() may take only a part, and the rest begins the next line's write.
         try:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -91,6 +96,8 @@ class LoggerCollection:
         pending: int | None = None,
         rollbacks: int = 0,
     ) -> None:
+        self.context: Callable[[], dict[str, Any]] = dict
+        """Returns what each line holds beside its group's values, such as elapsed_s."""
         self.wandb_run_id = wandb_run_id
         self._path = run.metrics
         self._loggers: list[Logger] = [JsonlLogger(self._path, resumed_at, pending, rollbacks)]
@@ -102,8 +109,9 @@ class LoggerCollection:
 
     def log(self, group: str, values: dict[str, float], step: int) -> None:
         """Log `values` as `group/NAME`, such as train/loss or eval/pc_success."""
+        line = {f"{group}/{key}": value for key, value in values.items()} | self.context()
         for logger in self._loggers:
-            logger.log({f"{group}/{key}": value for key, value in values.items()}, step)
+            logger.log(line, step)
 
     def rewind(self, step: int, pending: int | None, number: int, diverged_at: int) -> None:
         """Drop the lines of steps after `step`, which are repeated, and log roll-back `number`."""

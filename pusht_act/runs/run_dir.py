@@ -55,7 +55,7 @@ class RunDir:
         """
         lines = map(json.loads, self.metrics.read_text().splitlines())
         values = {key: value for line in lines if line["step"] == step for key, value in line.items()}
-        return {key.partition("/")[2]: value for key, value in values.items() if key not in ("step", "eval/loss")}
+        return {key.partition("/")[2]: value for key, value in values.items() if "/" in key and key != "eval/loss"}
 
     def configuration(self) -> dict[str, Any]:
         """Return config.yaml as the last start wrote it; empty if there is none that can be read."""

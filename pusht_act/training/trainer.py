@@ -98,6 +98,7 @@ class Trainer:
         self.run, self.metadata, self.report = run, metadata | self.extensions.metadata(), report
         # A roll-back makes policy and optimizer anew, so all that holds on to them is opened again.
         keep_freed_memory()
+        self._began = time.monotonic() - self.state.elapsed_s
         with self._open_loggers():
             while True:
                 try:
@@ -207,7 +208,7 @@ class Trainer:
         if self.config.save_checkpoint:
             with self.profiler.phase("saving"):
                 self.state.step, self.state.sampler = self.step, self.sampler.state_dict()
-                self.state.window = self.metrics.sums()
+                self.state.window, self.state.elapsed_s = self.metrics.sums(), self.elapsed_s
                 self.checkpoints.submit()
 
     def finish(self, early: bool = False) -> TrainResult:
@@ -261,6 +262,12 @@ class Trainer:
         """Whether the pruner ends the run at this step, before its last."""
         return self._pruned and not self.is_last_step
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        # A roll-back does not turn the clock back: what it repeats takes time, too.
+        return round(time.monotonic() - self._began, 3)
+
     def on_evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Log the evaluation of `step`, report it, and let it compete for `best`."""
         self._log("eval", evaluation.metrics, step)
@@ -283,6 +290,8 @@ class Trainer:
         with LoggerCollection(
             self.config, self.run, state.step, state.wandb_run_id, state.pending, state.rollbacks
         ) as self.loggers:
+            device = str(self.lerobot.policy.device)
+            self.loggers.context = lambda: {"elapsed_s": self.elapsed_s, "device": device}
             yield
 
     @contextmanager
