@@ -280,7 +280,7 @@ def _train(job: ResolvedJob) -> Result:
 
 
 def _is_finished(checkpoint: Checkpoint, config: Config) -> bool:
-    return checkpoint.step >= config.steps and checkpoint.pending is None
+    return checkpoint.step >= config.steps and not checkpoint.pending
 
 
 def _finished_result(job: ResolvedJob, checkpoint: Checkpoint) -> Result:

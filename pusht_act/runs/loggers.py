@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ class JsonlLogger:
     steps. Lines that a full disk does not take are kept, and written as soon as there is room.
     """
 
-    def __init__(self, path: Path, resumed_at: int, pending: int | None = None, rollbacks: int = 0) -> None:
+    def __init__(self, path: Path, resumed_at: int, pending: Collection[int] = (), rollbacks: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _rewind(path, resumed_at, pending, rollbacks)
         # Unbuffered: a buffer that could not be written would be lost when the file is closed.
@@ -60,13 +60,13 @@ class JsonlLogger:
         self._file.close()
 
 
-def _rewind(path: Path, resumed_at: int, pending: int | None, rollbacks: int) -> None:
+def _rewind(path: Path, resumed_at: int, pending: Collection[int], rollbacks: int) -> None:
     """Drop the lines that the resumed run will write again, and those that a crash has torn.
 
     Args:
         path: The file; it may be missing.
         resumed_at: The step of the checkpoint. Lines of later steps go.
-        pending: The step whose evaluation is repeated. It may have been logged after the checkpoint was written.
+        pending: Steps whose evaluations are repeated. They may have been logged after the checkpoint was written.
         rollbacks: How many roll-backs the checkpoint knows of. Later ones to this step may have been logged, too.
     """
     if not path.exists():
@@ -75,7 +75,7 @@ def _rewind(path: Path, resumed_at: int, pending: int | None, rollbacks: int) ->
     for line in path.read_text(errors="replace").splitlines():
         try:
             values = json.loads(line)
-            is_repeated = values["step"] == pending and "eval/pc_success" in values
+            is_repeated = values["step"] in pending and "eval/pc_success" in values
             if values["step"] <= resumed_at and not is_repeated and values.get("rollback/number", 0) <= rollbacks:
                 kept.append(line + "\n")
         except ValueError:
@@ -93,7 +93,7 @@ class LoggerCollection:
         run: RunDir,
         resumed_at: int,
         wandb_run_id: str | None,
-        pending: int | None = None,
+        pending: Collection[int] = (),
         rollbacks: int = 0,
     ) -> None:
         self.context: Callable[[], dict[str, Any]] = dict
@@ -113,7 +113,7 @@ class LoggerCollection:
         for logger in self._loggers:
             logger.log(line, step)
 
-    def rewind(self, step: int, pending: int | None, number: int, diverged_at: int) -> None:
+    def rewind(self, step: int, pending: Collection[int], number: int, diverged_at: int) -> None:
         """Drop the lines of steps after `step`, which are repeated, and log roll-back `number`."""
         # Only the file can be rewound: W&B keeps what it was sent.
         self._loggers[0].close(failed=False)

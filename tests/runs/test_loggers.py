@@ -127,7 +127,7 @@ def test_a_resume_drops_the_evaluation_that_it_does_again_and_nothing_else_of_it
     for step, key in logged:
         sink.log({key: 0.0}, step)
     sink.close()
-    JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=3, pending=2).close()
+    JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=3, pending=[2]).close()
     assert [(line["step"], list(line)[1]) for line in lines(tmp_path / "metrics.jsonl")] == logged[:-1]
 
 
@@ -139,11 +139,11 @@ def test_a_resume_keeps_the_lines_of_roll_backs_that_its_checkpoint_knows_of(
     with LoggerCollection(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
         for step in range(1, 7):
             metrics.log("train", {"loss": 0.5}, step)
-        metrics.rewind(4, None, number=1, diverged_at=7)
+        metrics.rewind(4, [], number=1, diverged_at=7)
         assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4]
-        metrics.rewind(4, None, number=2, diverged_at=8)
+        metrics.rewind(4, [], number=2, diverged_at=8)
         metrics.log("train", {"loss": 0.5}, 5)
-    JsonlLogger(path, resumed_at, None, rollbacks).close()
+    JsonlLogger(path, resumed_at, [], rollbacks).close()
     assert [line["rollback/number"] for line in lines(path) if "rollback/number" in line] == kept
     assert [line["step"] for line in lines(path) if "train/loss" in line] == [1, 2, 3, 4, 5][:resumed_at]
 
