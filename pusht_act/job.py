@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, verify
-from pusht_act.checkpoints.manifest import EVAL_FILES
+from pusht_act.checkpoints.manifest import EVAL_FILES, sha256
 from pusht_act.checkpoints.merge_config import merge_checkpoint_config
 from pusht_act.checkpoints.resume import (
     auto_resume_checkpoint,
@@ -40,6 +40,7 @@ from pusht_act.runtime.lock import Lock, locked
 from pusht_act.runtime.signals import StopSignal, signals
 
 if TYPE_CHECKING:
+    from pusht_act.evaluation.records import Evaluation, Record
     from pusht_act.training.extensions import Extensions
     from pusht_act.training.trainer import Report, Trainer
 
@@ -185,8 +186,17 @@ def _resolve_evaluation(cfg: DictConfig, overrides: list[str], choices: dict[str
     check_target(cfg.mode, cfg.checkpoint, None)
     checkpoint = _resolve_checkpoint(cfg.checkpoint, "checkpoint")
     config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False))
-    beside = None if is_output_dir_typed(overrides) else checkpoint.run_dir
-    return ResolvedJob(config, checkpoint, RunDir(beside or Path(config.output_dir)), None, overrides, choices)
+    run = Path(config.output_dir) if is_output_dir_typed(overrides) else checkpoint.run_dir
+    if run is None:
+        run = Path("outputs/evaluations") / _model_name(cfg.checkpoint, checkpoint)
+    return ResolvedJob(config, checkpoint, RunDir(run), None, overrides, choices)
+
+
+def _model_name(named: str, checkpoint: Checkpoint) -> str:
+    """Return the name of a model that belongs to no run, with the beginning of its digest: there may be another one."""
+    folder = checkpoint.directory if checkpoint.model_dir.name == "pretrained_model" else checkpoint.model_dir
+    name = folder.name if Path(named).exists() else named.replace("/", "--")
+    return f"{name}-{sha256(checkpoint.model_dir / 'model.safetensors')[:8]}"
 
 
 def _resolve_training(
@@ -345,13 +355,43 @@ def _push(job: ResolvedJob, checkpoint: Checkpoint, metrics: dict[str, float]) -
 
 
 def _evaluate(job: ResolvedJob) -> Result:
-    from pusht_act.envs.vector_env import make_vector_envs
+    from pusht_act.evaluation.identity import identify, model_digests, resolve_device
+    from pusht_act.evaluation.records import Record
 
     config, checkpoint = job.config, job.start
     assert checkpoint is not None
     # A model that was copied without its training state tells no step.
     step = checkpoint.step if checkpoint.training_dir.is_dir() else 0
-    directory = job.run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
+    model, device = model_digests(checkpoint.model_dir), resolve_device(config.policy.get("device", "auto"))
+    info = {
+        "origin": "mode=eval",
+        "checkpoint": str(checkpoint.directory),
+        "options": [o for o in job.overrides if o.lstrip("+").startswith(("policy.", "env."))],
+        "overrides": job.overrides,
+        "command": command_line(job.overrides),
+    }
+    identity = identify(model, config.policy, device, config.env, config.eval)
+    record = Record(job.run, step, identity, info, config.overwrite)
+    # A stored result is printed at once, without torch.
+    evaluation = record.load(config.eval.n_videos)
+    if evaluation is None:
+        evaluation = _run_evaluation(job, checkpoint, record)
+    record.append()
+    print(f"{checkpoint.directory}: {evaluation}; {record.directory}")
+    return Result(
+        record.directory,
+        step,
+        evaluation.metrics,
+        checkpoint.directory,
+        list(evaluation.episodes),
+        evaluation.video_paths,
+    )
+
+
+def _run_evaluation(job: ResolvedJob, checkpoint: Checkpoint, record: "Record") -> "Evaluation":
+    from pusht_act.envs.vector_env import make_vector_envs
+
+    config = job.config
     # The environments' processes start while torch is imported here.
     with make_vector_envs(config.eval) as envs:
         from pusht_act.config.lerobot import decode_env, decode_policy
@@ -362,17 +402,7 @@ def _evaluate(job: ResolvedJob) -> Result:
         policy_config, env = decode_policy(config.policy), decode_env(config.env)
         policy = load_policy(policy_config, checkpoint.model_dir)
         processors = load_processors(policy_config, checkpoint.model_dir)
-        evaluation = evaluate(Actor(policy, processors), envs, env, config.eval, directory=directory)
-    log.info("%s: %s", checkpoint.directory, evaluation)
-    log.info("written to %s", directory)
-    return Result(
-        directory,
-        step,
-        evaluation.metrics,
-        checkpoint.directory,
-        list(evaluation.episodes),
-        evaluation.video_paths,
-    )
+        return evaluate(Actor(policy, processors), envs, env, config.eval, record=record)
 
 
 def _generate_demos(job: ResolvedJob) -> Result:

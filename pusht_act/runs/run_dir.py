@@ -66,9 +66,15 @@ class RunDir:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def evaluation(self, step: int, start_seed: int, n_episodes: int) -> Path:
-        """Return the folder of an evaluation. The same checkpoint and seeds always have the same one."""
-        return self.path / "eval" / f"step-{step:06d}_seeds-{start_seed}-{start_seed + n_episodes - 1}"
+    @property
+    def evaluations(self) -> Path:
+        """The list of all evaluations of the run, one JSON object a line."""
+        return self.path / "evaluations.jsonl"
+
+    def evaluation(self, step: int, start_seed: int, n_episodes: int, identity: str) -> Path:
+        """Return the folder of an evaluation; `identity` is the hash of all that decides its numbers."""
+        seeds = f"seeds-{start_seed}-{start_seed + n_episodes - 1}"
+        return self.path / "eval" / f"step-{step:06d}_{seeds}_{identity[:8]}"
 
 
 def ensure_unused(

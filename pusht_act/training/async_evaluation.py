@@ -9,14 +9,19 @@ one: what was due meanwhile is pending, too.
 """
 
 import copy
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from safetensors.torch import load_model
+from safetensors.torch import save as save_tensors
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState, step_name
@@ -25,7 +30,8 @@ from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import Config
 from pusht_act.envs.vector_env import VectorEnv, make_vector_envs
 from pusht_act.evaluation.evaluate import evaluate
-from pusht_act.evaluation.records import Evaluation
+from pusht_act.evaluation.identity import identify, processors_digest
+from pusht_act.evaluation.records import Evaluation, Record
 from pusht_act.evaluation.rollout import Actor
 from pusht_act.policy.act import Processors
 from pusht_act.policy.lerobot import ACTPolicy
@@ -161,9 +167,29 @@ class AsyncEvaluator:
 
     def _evaluate(self, step: int, policy: ACTPolicy, description: str | None) -> Evaluation:
         options = self.config.eval
-        directory = self.run.evaluation(step, options.start_seed, options.n_episodes)
-        actor = Actor(policy, self.processors)
-        return evaluate(actor, self.envs, self.env, options, directory=directory, description=description)
+        model, values = digest_model(policy, self.processors)
+        info = {
+            "origin": "training",
+            "checkpoint": str(self.run.checkpoints / step_name(step, self.config.steps)),
+            "options": [],
+        }
+        identity = identify(model, values, str(policy.config.device), self.config.env, options)
+        record, actor = Record(self.run, step, identity, info), Actor(policy, self.processors)
+        return evaluate(actor, self.envs, self.env, options, record=record, description=description)
+
+
+def digest_model(policy: ACTPolicy, processors: Processors) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the digests that the files of a policy have, as `identify` takes them, and its configuration."""
+    # Nothing is read from a checkpoint: it may be written at the same time, or not at all.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+    weights = hashlib.sha256(save_tensors(tensors, metadata={})).hexdigest()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        policy.config.save_pretrained(folder)
+        processors.pre.save_pretrained(folder)
+        processors.post.save_pretrained(folder)
+        values = json.loads((folder / "config.json").read_text())
+        return {"weights": weights, "processors": processors_digest(folder)}, values
 
 
 def find_pending(start: Checkpoint, state: TrainerState, config: Config) -> dict[int, Path]:
