@@ -355,14 +355,18 @@ def _push(job: ResolvedJob, checkpoint: Checkpoint, metrics: dict[str, float]) -
 
 
 def _evaluate(job: ResolvedJob) -> Result:
-    from pusht_act.evaluation.identity import identify, model_digests, resolve_device
+    from pusht_act.evaluation.identity import has_gpu, identify, model_digests
     from pusht_act.evaluation.records import Record
 
     config, checkpoint = job.config, job.start
     assert checkpoint is not None
     # A model that was copied without its training state tells no step.
     step = checkpoint.step if checkpoint.training_dir.is_dir() else 0
-    model, device = model_digests(checkpoint.model_dir), resolve_device(config.policy.get("device", "auto"))
+    model, device = model_digests(checkpoint.model_dir), str(config.policy.get("device", "auto"))
+    if device == "auto" and has_gpu():
+        from pusht_act.config.lerobot import resolve_device
+
+        device = resolve_device(device)
     info = {
         "origin": "mode=eval",
         "checkpoint": str(checkpoint.directory),
@@ -370,7 +374,7 @@ def _evaluate(job: ResolvedJob) -> Result:
         "overrides": job.overrides,
         "command": command_line(job.overrides),
     }
-    identity = identify(model, config.policy, device, config.env, config.eval)
+    identity = identify(model, config.policy, device.replace("auto", "cpu"), config.env, config.eval)
     record = Record(job.run, step, identity, info, config.overwrite)
     # A stored result is printed at once, without torch.
     evaluation = record.load(config.eval.n_videos)

@@ -74,12 +74,6 @@ def _without_device(content: Any) -> Any:
     return [_without_device(each) for each in content] if isinstance(content, list) else content
 
 
-def resolve_device(name: str) -> str:
-    """Return what `name` stands for, as `config.lerobot.resolve_device` does; torch is asked only if there is a GPU."""
-    if name != "auto":
-        return name
-    if not any(Path(path).exists() for path in GPU_FILES):
-        return "cpu"
-    from pusht_act.config import lerobot
-
-    return lerobot.resolve_device(name)
+def has_gpu() -> bool:
+    """Return whether there may be a GPU, without asking torch."""
+    return any(Path(path).exists() for path in GPU_FILES)

@@ -182,7 +182,7 @@ def digest_model(policy: ACTPolicy, processors: Processors) -> tuple[dict[str, s
     """Return the digests that the files of a policy have, as `identify` takes them, and its configuration."""
     # Nothing is read from a checkpoint: it may be written at the same time, or not at all.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
-    weights = hashlib.sha256(save_tensors(tensors, metadata={})).hexdigest()
+    weights = hashlib.sha256(save_tensors(tensors)).hexdigest()
     with TemporaryDirectory() as name:
         folder = Path(name)
         policy.config.save_pretrained(folder)

@@ -116,9 +116,10 @@ def test_batches_side_by_side_change_no_bit(
     policy, processors = policy_for(env, **options)
     config = EvalConfig(n_episodes=7, batch_size=2, start_seed=50, n_videos=3)
     records = [Record(RunDir(tmp_path / name), 0, {"start_seed": 50, "n_episodes": 7}) for name in ("one", "both")]
+    groups_of: list[list[VectorEnv]] = [[SyncVectorEnv()], [two, three]]
     one, both = (
         evaluate(Actor(policy, processors), groups, env, config, record=record)
-        for record, groups in zip(records, ([SyncVectorEnv()], [two, three]), strict=True)
+        for record, groups in zip(records, groups_of, strict=True)
     )
     assert one.episodes == both.episodes
     assert [episode.episode_ix for episode in both.episodes] == list(range(7))

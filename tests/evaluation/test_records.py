@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import pusht_act
-from pusht_act.evaluation import evaluate as evaluate_module
+from pusht_act.evaluation.rollout import rollout
 from pusht_act.job import Result
 from tests.helpers.runs import TINY
 from tests.helpers.wandb_runs import lines
@@ -65,7 +65,7 @@ def test_the_same_again_is_read_and_printed(
     first = evaluated(run)
     printed = capsys.readouterr().out
     assert f"; {first.output_dir}\n" in printed
-    monkeypatch.setattr(evaluate_module, "rollout", refuse)
+    monkeypatch.setattr("pusht_act.evaluation.evaluate.rollout", refuse)
     for option in ("eval.n_videos=0", "eval.workers=2", "job_name=another", "+policy.dropout=0.5"):
         again = evaluated(run, option)
         assert again.episodes == first.episodes
@@ -86,7 +86,7 @@ def test_videos_that_are_missing_are_added(run: Path, monkeypatch: pytest.Monkey
     assert all(path.stat().st_size for path in more.video_paths)
     assert {name: (first.output_dir / name).read_bytes() for name in before} == before
     assert [path.name for path in (run / "eval").iterdir() if path.name.startswith(".")] == []
-    monkeypatch.setattr(evaluate_module, "rollout", refuse)
+    monkeypatch.setattr("pusht_act.evaluation.evaluate.rollout", refuse)
     evaluated(run, "eval.n_videos=2")
 
 
@@ -122,7 +122,7 @@ def test_the_episodes_have_their_starts_and_their_coverage(run: Path) -> None:
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluated(run, f"output_dir={run.parent / 'whole'}")
-    rollout, begun = evaluate_module.rollout, list[int]()
+    begun = list[int]()
 
     def interrupted(actor: Any, envs: Any, spec: Any, seeds: Any, *rest: Any) -> Any:
         begun.append(seeds[0] - 200000)
@@ -130,7 +130,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run: Path, monkeypatch: 
             raise KeyboardInterrupt
         return rollout(actor, envs, spec, seeds, *rest)
 
-    monkeypatch.setattr(evaluate_module, "rollout", interrupted)
+    monkeypatch.setattr("pusht_act.evaluation.evaluate.rollout", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluated(run)
     assert not list(run.glob("eval/step*-200004_*"))
@@ -144,15 +144,15 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run: Path, monkeypatch: 
 
 
 def test_two_at_once_do_not_disturb_each_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout, inner = evaluate_module.rollout, list[Result]()
+    inner = list[Result]()
 
     def while_another_runs(*arguments: Any) -> Any:
-        monkeypatch.setattr(evaluate_module, "rollout", rollout)
+        monkeypatch.setattr("pusht_act.evaluation.evaluate.rollout", rollout)
         # The lock is held: the second one is given a folder of its own, and is the first to be done.
         inner.append(evaluated(run))
         return rollout(*arguments)
 
-    monkeypatch.setattr(evaluate_module, "rollout", while_another_runs)
+    monkeypatch.setattr("pusht_act.evaluation.evaluate.rollout", while_another_runs)
     outer = evaluated(run)
     assert outer.episodes == inner[0].episodes
     assert outer.output_dir == inner[0].output_dir

@@ -117,12 +117,12 @@ def test_nothing_to_resume_names_the_runs_beside_it(tmp_path: Path) -> None:
         last_checkpoint(RunDir(tmp_path / "train"))
 
 
-def test_an_evaluation_has_one_place_for_each_step_and_seeds() -> None:
+def test_an_evaluation_has_one_place_for_each_step_seeds_and_identity() -> None:
     places = {
         RunDir(Path("r")).evaluation(*key)
         for key in [(1, 0, 10, "a"), (2, 0, 10, "a"), (1, 10, 10, "a"), (1, 0, 20, "a"), (1, 0, 10, "b")]
     }
-    assert len(places) == 4
+    assert len(places) == 5
     assert RunDir(Path("r")).evaluation(5000, 100_000, 50, "0123456789") == Path(
         "r/eval/step-005000_seeds-100000-100049_01234567"
     )
