@@ -54,12 +54,12 @@ def success(data: Data, seed: int, steps: int, output: Path) -> tuple[int, int]:
     """Train and evaluate one cell unless that was done: (successes, episodes)."""
     run = output / data.name.replace(" ", "_").replace(",", "") / f"seed-{seed}"
     common = ["experiment=quickstart", f"seed={seed}", "eval_freq=0", f"output_dir={run}", *data.overrides]
-    evaluated = run / "eval" / f"step-{steps:06d}_seeds-200000-200199" / "metrics.json"
-    if not evaluated.exists():
+    evaluated = f"eval/step-{steps:06d}_seeds-200000-200199*/metrics.json"
+    if not any(run.glob(evaluated)):
         if not (run / "checkpoints" / "last").exists():
             pusht_act(*common, f"steps={steps}", "overwrite=true", threads=1)
         pusht_act("mode=eval", f"checkpoint={run}", "eval.n_episodes=200", "eval.n_videos=0", threads=1)
-    metrics = json.loads(evaluated.read_text())
+    metrics = json.loads(next(run.glob(evaluated)).read_text())
     print(f"{data.name}, seed {seed}: {metrics['pc_success']:.1f} %", file=sys.stderr, flush=True)
     return round(metrics["pc_success"] * metrics["n_episodes"] / 100), int(metrics["n_episodes"])
 

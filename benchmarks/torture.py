@@ -196,7 +196,7 @@ def outcome(run: Path) -> dict[str, Any]:
         for path in last.rglob("*.safetensors")
         for key, tensor in load_file(path).items()
     }
-    timed = ("dataloading_s", "samples_per_s")
+    timed = ("dataloading_s", "samples_per_s", "elapsed_s", "time")
     metrics = sorted(
         (line["step"], sorted((key, value) for key, value in line.items() if not key.endswith(timed)))
         for line in lines(run)
@@ -205,7 +205,7 @@ def outcome(run: Path) -> dict[str, Any]:
     assert set(groups.values()) == {1}, "a step's group is there twice"
     # What is to be removed at a later save depends on when an evaluation beside training was over.
     files = {
-        path: re.sub(r'"spare": \[[^]]*\]', "", path.read_text())
+        path: re.sub(r'"spare": \[[^]]*\]|"elapsed_s": [0-9.]*', "", path.read_text())
         for path in last.rglob("*.json")
         if path.name != "manifest.json"
     }

@@ -1,4 +1,4 @@
-"""One job: resolve its composed configuration, checkpoint and run directory once, then run its mode.
+"""One job: resolve it once (resolve.py), then run its mode.
 
     DictConfig, overrides, choices  -> ResolvedJob  -> train, evaluate or generate demonstrations  -> Result
 
@@ -7,8 +7,6 @@ What can be refused is refused before torch and lerobot are imported, which take
 
 import dataclasses
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,30 +15,24 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, verify
-from pusht_act.checkpoints.manifest import EVAL_FILES
-from pusht_act.checkpoints.merge_config import merge_checkpoint_config
+from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.resume import (
-    auto_resume_checkpoint,
-    checkpoint_to_resume,
     describe_restart,
-    resolve_run_dir,
 )
 from pusht_act.checkpoints.retention import finish_cleanup
-from pusht_act.checkpoints.safe_loading import check_safe_to_load
 from pusht_act.config.lerobot_command import lerobot_command
-from pusht_act.config.overrides import check_overrides, check_typed_values, is_output_dir_typed
-from pusht_act.config.schema import TRAIN_MODES, Config, Mode, to_dict
-from pusht_act.config.validation import check_processes, check_share, check_target, to_config
+from pusht_act.config.overrides import check_overrides
+from pusht_act.config.schema import Config, Mode, to_dict
+from pusht_act.config.validation import check_processes, check_share
+from pusht_act.resolve import ResolvedJob, is_finished, resolve
 from pusht_act.runs.provenance import log_file, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 from pusht_act.runtime.distributed import PeerLostError, broadcast_from_main, raise_on_any_rank, world_size
-from pusht_act.runtime.errors import UserError
-from pusht_act.runtime.lock import Lock, locked
 from pusht_act.runtime.signals import StopSignal, signals
 from pusht_act.training.extensions import Extensions
 
 if TYPE_CHECKING:
+    from pusht_act.evaluation.records import Evaluation, Record
     from pusht_act.training.trainer import Report, Trainer
 
 log = logging.getLogger(__name__)
@@ -68,32 +60,6 @@ class Result:
         return self.metrics.get("pc_success")
 
 
-@dataclass(frozen=True)
-class ResolvedJob:
-    """A job about which nothing is left to be decided."""
-
-    config: Config
-    """Validated; that of mode=resume and mode=eval is merged with the checkpoint's."""
-    start: Checkpoint | None
-    """The checkpoint that it continues or evaluates."""
-    run: RunDir
-    lock: Lock | None
-    """Of the run directory, held; None in the modes that do not train."""
-    overrides: list[str]
-    """The command line that it came from."""
-    choices: dict[str, str | None]
-    """The chosen option of each configuration group."""
-    report: "Report | None" = None
-    """Told the evaluations in training, which it may end early."""
-    extensions: Extensions = dataclasses.field(default_factory=Extensions)
-    """A loss and transforms in place of the defaults."""
-
-    @property
-    def auto_resumes(self) -> bool:
-        """Whether it continues the same job's work if there is any."""
-        return self.config.mode in TRAIN_MODES and self.config.resume.auto
-
-
 def run_job(
     cfg: DictConfig,
     overrides: list[str],
@@ -117,7 +83,7 @@ def run_job(
     check_overrides(cfg, overrides)
     if not cfg.print_lerobot_command:
         check_processes(cfg.mode, cfg.train.profile, world_size())
-    with _resolve(cfg, overrides, choices) as resolved:
+    with resolve(cfg, overrides, choices) as resolved:
         job = dataclasses.replace(resolved, report=report, extensions=extensions or Extensions())
         if job.config.print_lerobot_command:
             print(lerobot_command(job.config, job.start.model_dir if job.start is not None else None))
@@ -162,80 +128,10 @@ def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensi
     return build_trainer(config, lerobot, start, extensions)
 
 
-@contextmanager
-def _resolve(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> Iterator[ResolvedJob]:
-    """Decide all that a job needs, and hold the lock of its run directory if it trains.
-
-    Its configuration is validated once: at once where it is complete, else when the checkpoint's is merged with it.
-    """
-    match cfg.mode:
-        case Mode.eval:
-            yield _resolve_evaluation(cfg, overrides, choices)
-        case Mode.demos:
-            config = to_config(cfg)
-            yield ResolvedJob(config, None, RunDir(Path(config.output_dir)), None, overrides, choices)
-        case _:
-            complete = to_config(cfg) if cfg.mode in TRAIN_MODES else None
-            if complete is None:
-                check_typed_values(cfg, overrides)
-            run = RunDir(resolve_run_dir(cfg, overrides))
-            # From here to the end of training no other process may choose a checkpoint of this run, or write one.
-            with nullcontext() if cfg.print_lerobot_command else locked(run.path) as lock:
-                config, start = _resolve_training(cfg, complete, run, overrides, choices)
-                yield ResolvedJob(config, start, run, lock, overrides, choices)
-
-
-def _resolve_evaluation(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None]) -> ResolvedJob:
-    check_typed_values(cfg, overrides)
-    check_target(cfg.mode, cfg.checkpoint, None)
-    checkpoint = _resolve_checkpoint(cfg.checkpoint, "checkpoint")
-    config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False))
-    beside = None if is_output_dir_typed(overrides) else checkpoint.run_dir
-    return ResolvedJob(config, checkpoint, RunDir(beside or Path(config.output_dir)), None, overrides, choices)
-
-
-def _resolve_training(
-    cfg: DictConfig, complete: Config | None, run: RunDir, overrides: list[str], choices: dict[str, str | None]
-) -> tuple[Config, Checkpoint | None]:
-    """Return the configuration of a job that trains in `run`, and the checkpoint that it continues.
-
-    `complete` is the configuration of mode=test or mode=full; mode=resume takes it from the checkpoint.
-    """
-    if complete is None:
-        cfg.output_dir = str(run.path)
-        checkpoint = checkpoint_to_resume(cfg, run.path)
-        check_safe_to_load(checkpoint.model_dir)
-        config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
-        if _is_finished(checkpoint, config):
-            raise UserError(
-                f"steps={config.steps}: {checkpoint.directory} is at step {checkpoint.step} already; give more steps="
-            )
-        return config, checkpoint
-    if name := complete.policy.get("pretrained_path"):
-        complete.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model_dir)
-    resumes = complete.resume.auto and not complete.print_lerobot_command
-    return complete, auto_resume_checkpoint(complete, run) if resumes else None
-
-
-def _resolve_checkpoint(name: str, key: str) -> Checkpoint:
-    """Return the checkpoint that option `key` names: a path, or else a model on the Hub."""
-    # USER/NAME could be a relative path, too: what exists here comes first.
-    looks_like_hub = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if Path(name).exists() or not looks_like_hub:
-        checkpoint = find_checkpoint(name, key)
-        verify(checkpoint, f"{key}={name}", EVAL_FILES)
-    else:
-        from pusht_act.checkpoints.hub import download
-
-        checkpoint = Checkpoint(download(name, key))
-    check_safe_to_load(checkpoint.model_dir)
-    return checkpoint
-
-
 def _train(job: ResolvedJob) -> Result:
     config, start, run = job.config, job.start, job.run
     overrides, choices, report = job.overrides, job.choices, job.report
-    if job.auto_resumes and start is not None and _is_finished(start, config):
+    if job.auto_resumes and start is not None and is_finished(start, config):
         job.extensions.check_same(start)
         return _finished_result(job, start)
     # A run that resumes in its own folder may write there; any other needs a folder that is not in use.
@@ -289,10 +185,6 @@ def _train(job: ResolvedJob) -> Result:
     )
 
 
-def _is_finished(checkpoint: Checkpoint, config: Config) -> bool:
-    return checkpoint.step >= config.steps and checkpoint.pending is None
-
-
 def _finished_result(job: ResolvedJob, checkpoint: Checkpoint) -> Result:
     """Return the result of the run that ended with `checkpoint`."""
     run = job.run
@@ -311,7 +203,7 @@ def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
     # mode=resume leaves W&B off unless it is told otherwise.
     wandb = ["wandb.enable=true"] if config.wandb.enable else []
     again = ["mode=resume", f"output_dir={run.path}", f"steps={config.steps}", *wandb]
-    if _is_finished(Checkpoint(stopped.checkpoint / "pretrained_model"), config):
+    if is_finished(Checkpoint(stopped.checkpoint / "pretrained_model"), config):
         log.warning("%s, the last: the run is finished, in %s", stopped, stopped.checkpoint)
     else:
         command = job.extensions.command(overrides if config.resume.auto else again)
@@ -360,13 +252,47 @@ def _push(job: ResolvedJob, checkpoint: Checkpoint, metrics: dict[str, float]) -
 
 
 def _evaluate(job: ResolvedJob) -> Result:
-    from pusht_act.envs.vector_env import make_vector_envs
+    from pusht_act.evaluation.identity import has_gpu, identify, model_digests
+    from pusht_act.evaluation.records import Record
 
     config, checkpoint = job.config, job.start
     assert checkpoint is not None
     # A model that was copied without its training state tells no step.
     step = checkpoint.step if checkpoint.training_dir.is_dir() else 0
-    directory = job.run.evaluation(step, config.eval.start_seed, config.eval.n_episodes)
+    model, device = model_digests(checkpoint.model_dir), str(config.policy.get("device", "auto"))
+    if device == "auto" and has_gpu():
+        from pusht_act.config.lerobot import resolve_device
+
+        device = resolve_device(device)
+    info = {
+        "origin": "mode=eval",
+        "checkpoint": str(checkpoint.directory),
+        "options": [o for o in job.overrides if o.lstrip("+").startswith(("policy.", "env."))],
+        "overrides": job.overrides,
+        "command": job.extensions.command(job.overrides),
+    }
+    identity = identify(model, config.policy, device.replace("auto", "cpu"), config.env, config.eval)
+    record = Record(job.run, step, identity, info, config.overwrite)
+    # A stored result is printed at once, without torch.
+    evaluation = record.load(config.eval.n_videos)
+    if evaluation is None:
+        evaluation = _run_evaluation(job, checkpoint, record)
+    record.append()
+    print(f"{checkpoint.directory}: {evaluation}; {record.directory}")
+    return Result(
+        record.directory,
+        step,
+        evaluation.metrics,
+        checkpoint.directory,
+        list(evaluation.episodes),
+        evaluation.video_paths,
+    )
+
+
+def _run_evaluation(job: ResolvedJob, checkpoint: Checkpoint, record: "Record") -> "Evaluation":
+    from pusht_act.envs.vector_env import make_vector_envs
+
+    config = job.config
     # The environments' processes start while torch is imported here.
     with make_vector_envs(config.eval) as envs:
         from pusht_act.config.lerobot import decode_env, decode_policy
@@ -377,17 +303,7 @@ def _evaluate(job: ResolvedJob) -> Result:
         policy_config, env = decode_policy(config.policy), decode_env(config.env)
         policy = load_policy(policy_config, checkpoint.model_dir)
         processors = load_processors(policy_config, checkpoint.model_dir)
-        evaluation = evaluate(Actor(policy, processors), envs, env, config.eval, directory=directory)
-    log.info("%s: %s", checkpoint.directory, evaluation)
-    log.info("written to %s", directory)
-    return Result(
-        directory,
-        step,
-        evaluation.metrics,
-        checkpoint.directory,
-        list(evaluation.episodes),
-        evaluation.video_paths,
-    )
+        return evaluate(Actor(policy, processors), envs, env, config.eval, record=record)
 
 
 def _generate_demos(job: ResolvedJob) -> Result:

@@ -8,6 +8,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pusht_act.checkpoints.manifest import MANIFEST, find_corruption, verify_manifest
 from pusht_act.config.schema import METADATA_FILE
@@ -60,13 +61,18 @@ class Checkpoint:
             ) from error
 
     @property
-    def pending(self) -> int | None:
-        """The step whose evaluation was running when it was written; None if there was none or it cannot be read."""
+    def pending(self) -> list[int]:
+        """The steps whose evaluations were due and not done when it was written; none if it cannot be read."""
         try:
-            pending: int | None = json.loads((self.training_dir / METADATA_FILE).read_text())["pending"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return pending
+            return read_pending(json.loads((self.training_dir / METADATA_FILE).read_text()))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return []
+
+
+def read_pending(state: dict[str, Any]) -> list[int]:
+    """Return the steps in `pending` of a training state; up to version 0.2 it was a single step or None."""
+    pending = state.get("pending")
+    return [pending] if isinstance(pending, int) else list(pending or [])
 
 
 def find_checkpoint(path: str, key: str) -> Checkpoint:

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.checkpoints.checkpoint import Checkpoint, read_pending
 from pusht_act.checkpoints.manifest import size_of, write_manifest
 from pusht_act.checkpoints.retention import remove_temp_files, resolve_symlink, set_symlink
 from pusht_act.config.schema import METADATA_FILE
@@ -71,13 +71,15 @@ class TrainerState:
     """How often training diverged and was rolled back to a checkpoint. Each time changes the order of the data."""
     best: dict[str, Any] | None = None
     """The best evaluation so far: {"step": int, "score": [pc_success, avg_max_reward]}."""
-    pending: int | None = None
-    """The step whose evaluation is running."""
+    pending: list[int] = field(default_factory=list)
+    """The steps whose evaluations are due and not done, in order. The first one may be running."""
     spare: list[int] = field(default_factory=list)
     """Steps whose checkpoints are temporary: written for their evaluation alone, or because a signal stopped the run.
 
-    A later save removes them, except the best one and that of `pending`."""
+    A later save removes them, except the best one and those of `pending`."""
     wandb_run_id: str | None = None
+    elapsed_s: float = 0.0
+    """Seconds of training so far, in all processes of the run, but without the time in which none ran."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,8 @@ def load(checkpoint: Checkpoint, components: TrainComponents) -> TrainerState:
         step, _, _ = load_training_state(checkpoint.directory, components.optimizer, scheduler)
         path = checkpoint.training_dir / METADATA_FILE
         if path.exists():
-            return TrainerState(**json.loads(path.read_text()))
+            content = json.loads(path.read_text())
+            return TrainerState(**content | {"pending": read_pending(content)})
         # Stock LeRobot keeps none of our state, but the W&B run in its configuration.
         train_config = json.loads((checkpoint.model_dir / "train_config.json").read_text())
         return TrainerState(step=step, wandb_run_id=(train_config.get("wandb") or {}).get("run_id"))

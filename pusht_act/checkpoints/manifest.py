@@ -28,7 +28,7 @@ def write_manifest(folder: Path) -> None:
     # Names are relative, so that a checkpoint can be moved.
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)} for path in files
     }
     (folder / MANIFEST).write_text(json.dumps(entries, indent=2))
 
@@ -82,7 +82,7 @@ def _verify_entry(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     # The size is compared first, so that most damage is found without reading the file.
     if (size := path.stat().st_size) != entry["size"]:
         return f"is damaged: {size} bytes in place of {entry['size']}"
-    if _sha256(path) != entry["sha256"]:
+    if sha256(path) != entry["sha256"]:
         return f"is damaged: its SHA-256 is not that of {MANIFEST}"
     return None
 
@@ -127,6 +127,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -316,8 +316,9 @@ class Config:
     """The run directory; a job of a sweep gets its own under hydra.sweep.dir unless this is given."""
     job_name: str = option(nonempty=True, modes=NOT_STATUS)
     """Name of the run in logs, W&B and the model card."""
-    overwrite: bool = option(modes=(*TRAINING, Mode.demos))
-    """Move an existing run directory aside (to output_dir.old-N) and start afresh."""
+    overwrite: bool = option(modes=NOT_STATUS)
+    """Move an existing run directory aside (to output_dir.old-N) and start afresh. mode=eval: repeat an evaluation that
+    is stored, and replace it."""
     print_lerobot_command: bool = option(modes=ROLLOUTS, instead="LeRobot does not generate demonstrations")
     """Print the equivalent stock command line and stop."""
     checkpoint: str | None = option(modes=(Mode.eval,), instead="resume.path= continues training")

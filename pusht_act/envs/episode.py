@@ -1,6 +1,7 @@
 """What is asked of an environment, and what it answers."""
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class VideoRequest:
 class EpisodeResult:
     """The record of one episode; the reward of a step is clip(coverage / 0.95, 0, 1)."""
 
-    # Names and order of the fields are the columns of episodes.csv.
+    # Names and order of the fields are the columns of episodes.csv, but for the last two, which are in episodes.npz.
     episode_ix: int
     seed: int
     success: bool = False
@@ -49,6 +50,10 @@ class EpisodeResult:
     coverage: float = 0.0
     """Share of the goal covered at the end."""
     steps: int = 0
+    start: tuple[float, ...] = ()
+    """Agent x, y, block x, y (px), block angle (rad) after the reset."""
+    coverage_by_step: array[float] = field(default_factory=lambda: array("d"))
+    """The coverage after each step."""
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class ChunkedEnv:
         self._frames: list[UInt8[np.ndarray, "H W 3"]] = []
         self._corners = block_corners(self._env)
         state = self._state()
-        self._result = StepResult(EpisodeResult(0, seed), True, state, self._observe(state))
+        episode = EpisodeResult(0, seed, start=tuple(state[:5].tolist()))
+        self._result = StepResult(episode, True, state, self._observe(state))
         return self._result
 
     def step_chunk(self, actions: Float32[np.ndarray, "N 2"]) -> StepResult:
@@ -77,6 +78,7 @@ class ChunkedEnv:
             reward = min(covered / SUCCESS_COVERAGE, 1.0)
             episode.coverage, episode.success = covered, covered > SUCCESS_COVERAGE
             episode.steps += 1
+            episode.coverage_by_step.append(covered)
             episode.sum_reward += reward
             episode.max_reward = max(episode.max_reward, reward)
             if episode.success:

@@ -3,13 +3,16 @@
 Training and mode=eval call the same `evaluate`, so the same checkpoint and seeds give the same numbers in both.
 """
 
+import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
+from uuid import uuid4
 
 from tqdm import tqdm
 
@@ -17,10 +20,14 @@ from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import EvalConfig
 from pusht_act.envs.episode import EnvSpec, EpisodeResult, VideoRequest
 from pusht_act.envs.vector_env import VectorEnv
-from pusht_act.evaluation.records import Evaluation, video_requests, write_records
-from pusht_act.evaluation.rollout import Actor, Rollout, env_spec, rollout
-from pusht_act.runtime.atomic import new_dir
+from pusht_act.evaluation.records import Evaluation, Record, read_episodes, video_requests, write_episodes
+from pusht_act.evaluation.rollout import Actor, env_spec, rollout
+from pusht_act.runtime.atomic import delete, new_dir, part_path, replace_dir
+from pusht_act.runtime.lock import NAME, Lock
 from pusht_act.runtime.signals import signals
+
+BATCH = "batch-"
+"""Beginning of the name of a finished batch's folder, while the evaluation runs."""
 
 
 def evaluate(
@@ -29,7 +36,7 @@ def evaluate(
     env: PushtEnv,
     config: EvalConfig,
     *,
-    directory: Path | None = None,
+    record: Record | None = None,
     description: str | None = "evaluating",
 ) -> Evaluation:
     """Run `config.n_episodes` episodes with seeds from `config.start_seed` on.
@@ -39,8 +46,8 @@ def evaluate(
         envs: Groups of environments; each runs one batch of `config.batch_size` episodes at a time.
         env: What the environments are.
         config: The `eval` section of the configuration.
-        directory: Where to write metrics, episodes, videos and film strip (see `records`), in place of what was there.
-            Either all of it is written or nothing; None writes nothing.
+        record: Where to store metrics, episodes, videos and film strip; None stores nothing. A stored evaluation is
+            returned without running it. Of one that was interrupted the finished batches are not run again.
         description: Label of the progress bar; None shows no bar.
 
     Raises:
@@ -48,19 +55,89 @@ def evaluate(
     """
     spec = env_spec(env, actor.policy.config)
     with _ProgressBar(config.n_episodes, description) as progress:
-        if directory is None:
-            return _run_batches(actor, envs, spec, config, [], progress)
-        # Readers never see half an evaluation.
-        with new_dir(directory) as part:
-            requests = video_requests(part, min(config.n_videos, config.n_episodes), env.fps)
-            evaluation = _run_batches(actor, envs, spec, config, requests, progress)
-            write_records(evaluation, part)
-    videos = video_requests(directory, len(requests), env.fps)
-    return replace(
-        evaluation,
-        video_paths=[request.video for request in videos],
-        film_strip=videos[0].film_strip if videos else None,
-    )
+        if record is None:
+            return _run_batches(actor, envs, spec, config, progress, None)
+        stored = record.load()
+        if stored is None or record.load(config.n_videos) is None:
+            with _part(record) as part:
+                requests = video_requests(part, min(config.n_videos, config.n_episodes), env.fps)
+                finished = FinishedBatches(part, record, stored, requests)
+                evaluation = _run_batches(actor, envs, spec, config, progress, finished)
+                _store(record, evaluation, part, stored)
+    record.append()
+    result = replace(record, overwrite=False).load(config.n_videos)
+    assert result is not None, "it was just written"
+    return result
+
+
+@dataclass(frozen=True)
+class FinishedBatches:
+    """The batches that need not be run: those of an interrupted evaluation, and of a stored one that lacks videos."""
+
+    part: Path
+    record: Record
+    stored: Evaluation | None
+    requests: list[VideoRequest]
+    """The videos to record of the first episodes, in `part`."""
+
+    def load(self, first: int, count: int, videos: Sequence[VideoRequest]) -> list[EpisodeResult] | None:
+        """Return the `count` episodes from number `first` on, None if they are to be run, perhaps for `videos`."""
+        if self.stored is not None and all((self.record.directory / each.video.name).exists() for each in videos):
+            return self.stored.episodes[first : first + count]
+        # A batch has its folder when it is finished, and so are its videos.
+        if not self._folder(first).is_dir() or not all(request.video.exists() for request in videos):
+            return None
+        return read_episodes(self._folder(first))
+
+    def save(self, first: int, episodes: list[EpisodeResult]) -> None:
+        """Keep the batch that begins with number `first` until the evaluation is stored."""
+        with new_dir(self._folder(first)) as folder:
+            write_episodes(episodes, folder)
+
+    def _folder(self, first: int) -> Path:
+        return self.part / f"{BATCH}{first:06d}"
+
+
+@contextmanager
+def _part(record: Record) -> Iterator[Path]:
+    """Yield the folder to write an evaluation into, with the batches that an interrupted one has left there.
+
+    If another process runs the same evaluation, this one has a folder of its own.
+    """
+    part = part_path(record.directory)
+    try:
+        lock = Lock(part, "eval")
+    except FileExistsError:
+        part = part_path(record.directory.with_name(f"{record.directory.name}.{uuid4().hex}"))
+        lock = Lock(part, "eval")
+    keeps = False
+    try:
+        if record.overwrite:
+            for folder in part.glob(f"{BATCH}*"):
+                delete(folder)
+        yield part
+    except BaseException:
+        keeps = part == part_path(record.directory) and any(part.glob(f"{BATCH}*"))
+        raise
+    finally:
+        if not keeps:
+            shutil.rmtree(part, ignore_errors=True)
+        lock.release()
+
+
+def _store(record: Record, evaluation: Evaluation, part: Path, stored: Evaluation | None) -> None:
+    """Rename `part` to the record's folder, or move the videos that a `stored` evaluation lacks there."""
+    if stored is not None:
+        for path in (*part.glob("*.mp4"), *part.glob("*.png")):
+            path.replace(record.directory / path.name)
+        return
+    record.write(evaluation, part)
+    for folder in part.glob(f"{BATCH}*"):
+        delete(folder)
+    # Another process may have stored the same evaluation meanwhile.
+    if record.overwrite or not record.directory.exists():
+        replace_dir(part, record.directory)
+        (record.directory / NAME).unlink(missing_ok=True)
 
 
 def _run_batches(
@@ -68,8 +145,8 @@ def _run_batches(
     envs: Sequence[VectorEnv],
     spec: EnvSpec,
     config: EvalConfig,
-    videos: list[VideoRequest],
     progress: "_ProgressBar",
+    finished: FinishedBatches | None,
 ) -> Evaluation:
     start = time.perf_counter()
     batch_size = min(config.batch_size, config.n_episodes)
@@ -81,8 +158,12 @@ def _run_batches(
         free.put(group)
     was_training, cancelled = actor.policy.training, threading.Event()
 
-    def run_batch(first: int) -> Rollout:
+    def run_batch(first: int) -> list[EpisodeResult]:
         """Run the episodes from number `first` on, in a group of environments that is free."""
+        requests = finished.requests[first : first + batch_size] if finished is not None else []
+        if finished is not None and (episodes := finished.load(first, batch_size, requests)) is not None:
+            progress.update(first, batch_size)
+            return episodes
 
         def on_step(running: int) -> None:
             if cancelled.is_set():
@@ -91,10 +172,12 @@ def _run_batches(
 
         group, seed = free.get(), config.start_seed + first
         try:
-            seeds, requests = range(seed, seed + batch_size), videos[first : first + batch_size]
-            return rollout(actor, group, spec, seeds, requests, on_step)
+            episodes = rollout(actor, group, spec, range(seed, seed + batch_size), requests, on_step).episodes
         finally:
             free.put(group)
+        if finished is not None:
+            finished.save(first, episodes)
+        return episodes
 
     # The last batch is filled up to full size, since a smaller batch would round differently; the episodes beyond
     # n_episodes are dropped below.
@@ -115,7 +198,7 @@ def _run_batches(
             raise
         finally:
             actor.policy.train(was_training)
-    episodes: list[EpisodeResult] = [episode for part in rollouts for episode in part.episodes]
+    episodes = [episode for batch in rollouts for episode in batch]
     numbered = [replace(episode, episode_ix=i) for i, episode in enumerate(episodes[: config.n_episodes])]
     return Evaluation(numbered, time.perf_counter() - start)
 

@@ -1,20 +1,36 @@
-"""What an evaluation is, and what of it is written to disk.
+"""What an evaluation is, and what of it is written to disk. Imports neither torch nor lerobot.
 
 <directory>/episodes.csv      one row an episode
-            metrics.json      success rate with its interval, mean rewards, first seed, seconds
+            episodes.npz      seeds [N], starts [N, 5], coverage by step [N, T] padded with NaN, lengths [N]
+            metrics.json      success rate with its interval, means, and what was evaluated by what, where and when
             episode-N.mp4     the first `eval.n_videos` episodes
             film_strip.png    the first episode, if there is a video of it
 """
 
 import csv
 import json
+from array import array
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pusht_act.envs.episode import EpisodeResult, VideoRequest
+from pusht_act.evaluation.identity import digest
 from pusht_act.evaluation.stats import wilson_interval
+from pusht_act.runs.provenance import git_commit, machine, package_versions
+from pusht_act.runs.run_dir import RunDir
+from pusht_act.runtime.errors import UserError
+
+READERS: dict[str, Callable[[str], Any]] = {
+    **{"episode_ix": int, "seed": int, "success": lambda text: text == "True", "steps": int},
+    **{"max_reward": float, "sum_reward": float, "coverage": float},
+}
+COLUMNS = ("episode_ix", "seed", "success", "max_reward", "sum_reward", "coverage", "steps")
+"""Of episodes.csv."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +80,107 @@ def video_requests(directory: Path, count: int, fps: int) -> list[VideoRequest]:
     ]
 
 
-def write_records(evaluation: Evaluation, directory: Path) -> None:
-    """Write episodes.csv and metrics.json into `directory`."""
-    episodes = evaluation.episodes
-    with (directory / "episodes.csv").open("w", newline="") as file:
-        # With a seed in each row, so that two evaluations can be compared episode by episode.
-        writer = csv.DictWriter(file, fieldnames=list(asdict(episodes[0])))
+@dataclass(frozen=True)
+class Record:
+    """Where an evaluation is stored, and what its metrics.json holds beside its numbers."""
+
+    run: RunDir
+    step: int
+    identity: dict[str, Any]
+    """All that decides the numbers (identity.py)."""
+    info: dict[str, Any] = field(default_factory=dict)
+    """Where it came from: origin, checkpoint, overrides, command."""
+    overwrite: bool = False
+    """Whether to repeat what is stored."""
+
+    @property
+    def directory(self) -> Path:
+        """Its folder, which follows from its identity."""
+        seeds = self.identity["start_seed"], self.identity["n_episodes"]
+        return self.run.evaluation(self.step, *seeds, digest(self.identity))
+
+    def load(self, n_videos: int = 0) -> Evaluation | None:
+        """Return the stored evaluation; None if there is none, or not as many videos.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        if self.overwrite or not self.directory.is_dir():
+            return None
+        videos = video_requests(self.directory, min(n_videos, self.identity["n_episodes"]), 1)
+        if not all(request.video.exists() for request in videos):
+            return None
+        try:
+            seconds = float(json.loads((self.directory / "metrics.json").read_text())["eval_s"])
+            episodes = read_episodes(self.directory)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.directory} is damaged ({error}): overwrite=true repeats the evaluation") from error
+        return Evaluation(episodes, seconds, [each.video for each in videos], videos[0].film_strip if videos else None)
+
+    def write(self, evaluation: Evaluation, folder: Path) -> None:
+        """Write episodes.csv, episodes.npz and metrics.json into `folder`."""
+        episodes = evaluation.episodes
+        write_episodes(episodes, folder)
+        # With the first seed and the number of episodes the evaluation can be repeated.
+        content = {
+            **evaluation.metrics,
+            "start_seed": episodes[0].seed,
+            "eval_s": evaluation.seconds,
+            "avg_coverage": float(np.mean([episode.coverage for episode in episodes])),
+            "avg_steps": float(np.mean([episode.steps for episode in episodes])),
+            "step": self.step,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **self.info,
+            "identity": self.identity,
+            "commit": git_commit(),
+            "versions": package_versions(),
+            "machine": machine(),
+        }
+        (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n")
+
+    def append(self) -> None:
+        """Append a line to evaluations.jsonl, unless the same one is there."""
+        content = json.loads((self.directory / "metrics.json").read_text())
+        keys = ("date", "origin", "step", "start_seed", "n_episodes", "pc_success", "avg_max_reward", "options")
+        line = {"identity": digest(self.identity), "folder": self.directory.name}
+        text = json.dumps(line | {key: content[key] for key in keys if key in content}) + "\n"
+        path = self.run.evaluations
+        # A process may have been killed after the folder was renamed.
+        if not path.exists() or text not in path.read_text(errors="replace"):
+            with path.open("a") as file:
+                file.write(text)
+
+
+def write_episodes(episodes: list[EpisodeResult], folder: Path) -> None:
+    """Write episodes.csv, with a seed in each row, and episodes.npz with start poses and the coverage by step."""
+    with (folder / "episodes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(asdict(episode) for episode in episodes)
-    # With the first seed and the number of episodes the evaluation can be repeated.
-    record = {**evaluation.metrics, "start_seed": episodes[0].seed, "eval_s": evaluation.seconds}
-    (directory / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    lengths = np.array([episode.steps for episode in episodes])
+    coverage = np.full((len(episodes), lengths.max()), np.nan)
+    for row, episode in zip(coverage, episodes, strict=True):
+        row[: episode.steps] = episode.coverage_by_step
+    np.savez_compressed(
+        folder / "episodes.npz",
+        seeds=np.array([episode.seed for episode in episodes]),
+        starts=np.array([episode.start for episode in episodes]),
+        coverage=coverage,
+        lengths=lengths,
+    )
+
+
+def read_episodes(folder: Path) -> list[EpisodeResult]:
+    """Return the episodes that `write_episodes` wrote, the same to the bit."""
+    with (folder / "episodes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with np.load(folder / "episodes.npz") as arrays:
+        starts, coverage = arrays["starts"].tolist(), arrays["coverage"].tolist()
+    return [
+        EpisodeResult(
+            **{key: READERS[key](value) for key, value in row.items()},
+            start=tuple(start),
+            coverage_by_step=array("d", covered[: int(row["steps"])]),
+        )
+        for row, start, covered in zip(rows, starts, coverage, strict=True)
+    ]

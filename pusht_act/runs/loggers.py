@@ -2,8 +2,10 @@
 
 import json
 import logging
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pusht_act.config.schema import Config
 from pusht_act.runs.run_dir import RunDir
@@ -16,7 +18,7 @@ log = logging.getLogger(__name__)
 class Logger(Protocol):
     """A destination of metrics."""
 
-    def log(self, values: dict[str, float], step: int) -> None:
+    def log(self, values: dict[str, Any], step: int) -> None:
         """Log `values` of one step."""
 
     def close(self, failed: bool) -> None:
@@ -24,22 +26,25 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """Writes metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ...}.
+    """Writes metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ..., "time": 1767225600.123}.
+
+    `time` is when the line was logged, in seconds since the epoch.
 
     Each step has one line for each group of metrics. The line of a background evaluation comes after those of later
     steps. Lines that a full disk does not take are kept, and written as soon as there is room.
     """
 
-    def __init__(self, path: Path, resumed_at: int, pending: int | None = None, rollbacks: int = 0) -> None:
+    def __init__(self, path: Path, resumed_at: int, pending: Collection[int] = (), rollbacks: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _rewind(path, resumed_at, pending, rollbacks)
         # Unbuffered: a buffer that could not be written would be lost when the file is closed.
         self._file = path.open("ab", buffering=0)
         self._unwritten = b""
 
-    def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
+    def log(self, values: dict[str, Any], step: int) -> None:  # noqa: D102
         unwritten = self._unwritten
-        self._unwritten += json.dumps({"step": step, **values}).encode() + b"\n"
+        line = {"step": step, **values, "time": round(time.time(), 3)}
+        self._unwritten += json.dumps(line).encode() + b"\n"
         # write() may take only a part, and the rest begins the next line's write.
         try:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -55,13 +60,13 @@ class JsonlLogger:
         self._file.close()
 
 
-def _rewind(path: Path, resumed_at: int, pending: int | None, rollbacks: int) -> None:
+def _rewind(path: Path, resumed_at: int, pending: Collection[int], rollbacks: int) -> None:
     """Drop the lines that the resumed run will write again, and those that a crash has torn.
 
     Args:
         path: The file; it may be missing.
         resumed_at: The step of the checkpoint. Lines of later steps go.
-        pending: The step whose evaluation is repeated. It may have been logged after the checkpoint was written.
+        pending: Steps whose evaluations are repeated. They may have been logged after the checkpoint was written.
         rollbacks: How many roll-backs the checkpoint knows of. Later ones to this step may have been logged, too.
     """
     if not path.exists():
@@ -70,7 +75,7 @@ def _rewind(path: Path, resumed_at: int, pending: int | None, rollbacks: int) ->
     for line in path.read_text(errors="replace").splitlines():
         try:
             values = json.loads(line)
-            is_repeated = values["step"] == pending and "eval/pc_success" in values
+            is_repeated = values["step"] in pending and "eval/pc_success" in values
             if values["step"] <= resumed_at and not is_repeated and values.get("rollback/number", 0) <= rollbacks:
                 kept.append(line + "\n")
         except ValueError:
@@ -88,9 +93,11 @@ class LoggerCollection:
         run: RunDir,
         resumed_at: int,
         wandb_run_id: str | None,
-        pending: int | None = None,
+        pending: Collection[int] = (),
         rollbacks: int = 0,
     ) -> None:
+        self.context: Callable[[], dict[str, Any]] = dict
+        """Returns what each line holds beside its group's values, such as elapsed_s."""
         self.wandb_run_id = wandb_run_id
         self._path = run.metrics
         self._loggers: list[Logger] = [JsonlLogger(self._path, resumed_at, pending, rollbacks)]
@@ -102,10 +109,11 @@ class LoggerCollection:
 
     def log(self, group: str, values: dict[str, float], step: int) -> None:
         """Log `values` as `group/NAME`, such as train/loss or eval/pc_success."""
+        line = {f"{group}/{key}": value for key, value in values.items()} | self.context()
         for logger in self._loggers:
-            logger.log({f"{group}/{key}": value for key, value in values.items()}, step)
+            logger.log(line, step)
 
-    def rewind(self, step: int, pending: int | None, number: int, diverged_at: int) -> None:
+    def rewind(self, step: int, pending: Collection[int], number: int, diverged_at: int) -> None:
         """Drop the lines of steps after `step`, which are repeated, and log roll-back `number`."""
         # Only the file can be rewound: W&B keeps what it was sent.
         self._loggers[0].close(failed=False)

@@ -18,6 +18,7 @@ from pusht_act.config.schema import CONFIG_DIR
 from pusht_act.runs.run_dir import CONFIG_FILE, RunDir
 from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.system import cores
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,16 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def machine() -> dict[str, Any]:
+    """Return the host, its processor and its number of cores."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return {"host": socket.gethostname(), "cpu": model or platform.machine(), "cores": cores()}
 
 
 def git_commit() -> str | None:

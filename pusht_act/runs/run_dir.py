@@ -56,7 +56,7 @@ class RunDir:
         """
         lines = map(json.loads, self.metrics.read_text().splitlines())
         values = {key: value for line in lines if line["step"] == step for key, value in line.items()}
-        return {key.partition("/")[2]: value for key, value in values.items() if key not in ("step", "eval/loss")}
+        return {key.partition("/")[2]: value for key, value in values.items() if "/" in key and key != "eval/loss"}
 
     def configuration(self) -> dict[str, Any]:
         """Return config.yaml as the last start wrote it; empty if there is none that can be read."""
@@ -75,9 +75,15 @@ class RunDir:
         # What mode=resume branches off has no resume.auto.
         return "resume.auto=true" if mode in [each.value for each in TRAIN_MODES] else "overwrite=true"
 
-    def evaluation(self, step: int, start_seed: int, n_episodes: int) -> Path:
-        """Return the folder of an evaluation. The same checkpoint and seeds always have the same one."""
-        return self.path / "eval" / f"step-{step:06d}_seeds-{start_seed}-{start_seed + n_episodes - 1}"
+    @property
+    def evaluations(self) -> Path:
+        """The list of all evaluations of the run, one JSON object a line."""
+        return self.path / "evaluations.jsonl"
+
+    def evaluation(self, step: int, start_seed: int, n_episodes: int, identity: str) -> Path:
+        """Return the folder of an evaluation; `identity` is the hash of all that decides its numbers."""
+        seeds = f"seeds-{start_seed}-{start_seed + n_episodes - 1}"
+        return self.path / "eval" / f"step-{step:06d}_{seeds}_{identity[:8]}"
 
 
 def ensure_unused(path: Path, overwrite: bool, remedy: str | None = None) -> None:

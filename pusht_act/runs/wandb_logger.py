@@ -61,7 +61,7 @@ class WandbLogger:
         for group in ("train", "eval", "rollback"):
             self._run.define_metric(f"{group}/*", step_metric="step")
 
-    def log(self, values: dict[str, float], step: int) -> None:  # noqa: D102
+    def log(self, values: dict[str, Any], step: int) -> None:  # noqa: D102
         if not self._failed:
             self._try(lambda: self._run.log({"step": step, **values}))
 

@@ -116,7 +116,7 @@ def _run_as_job(run: RunDir) -> Job:
     is_complete = progress.step is not None and progress.steps is not None and progress.step >= progress.steps
     state = "running" if alive else "interrupted"
     # An evaluation may still be missing after the last step.
-    if is_complete and holder is None and Checkpoint(run.checkpoints / "last" / "pretrained_model").pending is None:
+    if is_complete and holder is None and not Checkpoint(run.checkpoints / "last" / "pretrained_model").pending:
         state = "done"
     host = holder.host if holder is not None else last.get("host", "")
     overrides = shlex.split(last.get("command", ""))[1:]

@@ -1,21 +1,27 @@
 """The evaluations of a training run, beside it or in its way.
 
-    step S   weights copied, checkpoint S saved with pending = S    -> a thread: rollouts, files
+    step S   weights copied, checkpoint S saved with pending = [S]  -> a thread: rollouts, files
     step T   the result is handed on; the next evaluation waits for it
 
-A run that is stopped between S and T finds `pending` in its last checkpoint and evaluates checkpoint S again, so that
-metrics, `best` and files come to those of a run that was not. A signal interrupts an evaluation, and a wait for one.
+A run that is stopped between S and T finds S in `pending` of its last checkpoint and evaluates checkpoint S again, so
+that metrics, `best` and files come to those of a run that was not. A signal interrupts an evaluation, and a wait for
+one: what was due meanwhile is pending, too.
 """
 
 import copy
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from safetensors.torch import load_model
+from safetensors.torch import save as save_tensors
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState, step_name
@@ -24,7 +30,8 @@ from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import Config
 from pusht_act.envs.vector_env import VectorEnv, make_vector_envs
 from pusht_act.evaluation.evaluate import evaluate
-from pusht_act.evaluation.records import Evaluation
+from pusht_act.evaluation.identity import identify, processors_digest
+from pusht_act.evaluation.records import Evaluation, Record
 from pusht_act.evaluation.rollout import Actor
 from pusht_act.policy.act import Processors
 from pusht_act.policy.lerobot import ACTPolicy
@@ -43,6 +50,11 @@ def is_due(step: int, freq: int) -> bool:
     return freq > 0 and step % freq == 0
 
 
+def is_due_step(step: int, config: Config) -> bool:
+    """Return whether the policy of `step` is to be evaluated: at each eval_freq, and at the end."""
+    return is_due(step, config.eval_freq) or (step == config.steps and config.eval_freq > 0)
+
+
 @contextmanager
 def async_evaluator(
     config: Config,
@@ -53,7 +65,7 @@ def async_evaluator(
     on_result: OnResult,
 ) -> Iterator["AsyncEvaluator"]:
     """Open a run's evaluator; interrupt what is still under way at the end."""
-    needed = is_main() and (config.eval_freq > 0 or state.pending is not None)
+    needed = is_main() and (config.eval_freq > 0 or len(state.pending) > 0)
     # The environments' worker processes start here, while training begins.
     with make_vector_envs(config.eval, needed) as envs, ThreadPoolExecutor(1, "evaluation") as thread:
         # LeRobot's pipelines keep the batch at hand in themselves: training and the thread need one each.
@@ -67,7 +79,7 @@ def async_evaluator(
 
 @dataclass
 class AsyncEvaluator:
-    """Evaluates the policy of a step, one at a time; keeps `state.pending`, the step under evaluation."""
+    """Evaluates the policy of a step, one at a time; keeps `state.pending`, the steps that are due and not done."""
 
     config: Config
     env: PushtEnv
@@ -84,45 +96,50 @@ class AsyncEvaluator:
     _future: Future[Evaluation] | None = None
 
     def is_due(self, step: int) -> bool:
-        """Return whether the policy of `step` is to be evaluated: at each eval_freq, and at the end."""
-        return is_due(step, self.config.eval_freq) or (step == self.config.steps and self.config.eval_freq > 0)
+        """Return whether the policy of `step` is to be evaluated."""
+        return is_due_step(step, self.config)
 
     def submit(self, step: int) -> None:
         """Evaluate the policy as it is now, at `step`, once the evaluation before it is over.
 
-        Unless a signal interrupts that wait: then the run stops, and its next start evaluates both.
+        Unless a signal interrupts that wait: then the run stops, and its next start evaluates all that is pending.
         """
         # One at a time: a second copy of the policy and of the environments would take their memory twice.
         self.poll(wait=True)
-        if self.state.pending is not None:
+        self.state.pending.append(step)
+        if self._future is not None:
             return
         policy = self.components.policy
         self._start(step, copy.deepcopy(policy) if self._runs_beside_training(step) else policy)
 
-    def resume_pending(self, model_dir: Path) -> None:
-        """Evaluate the weights in `model_dir`, those of step `state.pending`, as a resumed run has to.
+    def resume(self, step: int, model_dir: Path, is_dropped: bool) -> None:
+        """Evaluate the weights in `model_dir`, those of a `step` in `state.pending`, as a resumed run has to.
 
-        If the run was stopped while it waited for that evaluation, the one of its own step follows.
+        Args:
+            step: The step.
+            model_dir: Its weights.
+            is_dropped: Whether it is not due any more, since an earlier evaluation pruned the run.
         """
-        step = self.state.pending
-        assert step is not None
+        # A signal has interrupted the evaluation before this one, or the wait for it.
+        if self._future is not None:
+            return
+        if is_dropped:
+            self.state.pending.remove(step)
+            return
         # A copy: a new policy would draw random numbers that are training's.
         policy = copy.deepcopy(self.components.policy)
         load_model(policy, model_dir / "model.safetensors")
         self._start(step, policy)
-        if step != self.state.step and self.is_due(self.state.step):
-            self.submit(self.state.step)
 
     def poll(self, wait: bool = False) -> None:
         """Hand the result on, if it is there or `wait` says to wait for it.
 
-        After a signal nothing is waited for, and what is not there stays `state.pending`.
+        After a signal nothing is waited for, and what is not there stays in `state.pending`.
 
         Raises:
             Exception: what stopped the evaluation.
         """
-        step = self.state.pending
-        if self._future is None or step is None:
+        if self._future is None:
             return
         if wait:
             with suppress(StopSignal), signals.interruptible():
@@ -130,8 +147,8 @@ class AsyncEvaluator:
         if not self._future.done():
             return
         self.latest = evaluation = self._future.result()
-        self._future = self.state.pending = None
-        self.on_result(step, evaluation)
+        self._future = None
+        self.on_result(self.state.pending.pop(0), evaluation)
 
     def _runs_beside_training(self, step: int) -> bool:
         # A run that has all its steps has nothing to do but to evaluate.
@@ -139,7 +156,6 @@ class AsyncEvaluator:
         return self.config.eval.background and has_more_steps
 
     def _start(self, step: int, policy: ACTPolicy) -> None:
-        self.state.pending = step
         if self._runs_beside_training(step):
             self._future = self.thread.submit(self._evaluate, step, policy, None)
             return
@@ -151,22 +167,50 @@ class AsyncEvaluator:
 
     def _evaluate(self, step: int, policy: ACTPolicy, description: str | None) -> Evaluation:
         options = self.config.eval
-        directory = self.run.evaluation(step, options.start_seed, options.n_episodes)
-        actor = Actor(policy, self.processors)
-        return evaluate(actor, self.envs, self.env, options, directory=directory, description=description)
+        model, values = digest_model(policy, self.processors)
+        info = {
+            "origin": "training",
+            "checkpoint": str(self.run.checkpoints / step_name(step, self.config.steps)),
+            "options": [],
+        }
+        identity = identify(model, values, str(policy.config.device), self.config.env, options)
+        record, actor = Record(self.run, step, identity, info), Actor(policy, self.processors)
+        return evaluate(actor, self.envs, self.env, options, record=record, description=description)
 
 
-def find_pending(start: Checkpoint, state: TrainerState, steps: int) -> Path | None:
-    """Return the weights whose evaluation was interrupted when `start` was the last checkpoint, if they are there.
+def digest_model(policy: ACTPolicy, processors: Processors) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the digests that the files of a policy have, as `identify` takes them, and its configuration."""
+    # Nothing is read from a checkpoint: it may be written at the same time, or not at all.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+    weights = hashlib.sha256(save_tensors(tensors)).hexdigest()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        policy.config.save_pretrained(folder)
+        processors.pre.save_pretrained(folder)
+        processors.post.save_pretrained(folder)
+        values = json.loads((folder / "config.json").read_text())
+        return {"weights": weights, "processors": processors_digest(folder)}, values
 
-    Where they are not, `state.pending` becomes None.
+
+def find_pending(start: Checkpoint, state: TrainerState, config: Config) -> dict[int, Path]:
+    """Return the weights of each step in `state.pending`, as far as they are there.
+
+    A step whose weights are missing or damaged is left out of `state.pending`, too.
+
+    Args:
+        start: The checkpoint that `state` is of.
+        state: The state of the loop.
+        config: The run's configuration.
     """
-    if state.pending is None:
-        return None
-    step = state.pending
-    here = start.directory if step == state.step else start.directory.parent / step_name(step, steps)
-    if (corruption := find_corruption(here)) is None:
-        return here / "pretrained_model"
-    log.warning("the evaluation of step %d was interrupted and is left out: %s: %s", step, here, corruption)
-    state.pending = None
-    return None
+    # Up to version 0.2 a single step was pending, and the step of a checkpoint that had waited for it was due, too.
+    if state.pending and state.step not in state.pending and is_due_step(state.step, config):
+        state.pending.append(state.step)
+    found = {}
+    for step in state.pending:
+        here = start.directory if step == state.step else start.directory.parent / step_name(step, config.steps)
+        if (corruption := find_corruption(here)) is None:
+            found[step] = here / "pretrained_model"
+        else:
+            log.warning("the evaluation of step %d was interrupted and is left out: %s: %s", step, here, corruption)
+    state.pending[:] = found
+    return found

@@ -100,7 +100,7 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
         extensions=extensions,
         options=_step_options(config, lerobot, extensions, build_augmentation(config.train, frames)),
         start=start,
-        pending_model=find_pending(start, state, config.steps) if start is not None else None,
+        pending_models=find_pending(start, state, config) if start is not None else {},
     )
     log.info(
         "%s: %d episodes, %d frames%s; %s",

@@ -80,13 +80,13 @@ class CheckpointManager:
         return is_due(step, self.config.save_freq) or step == self.config.steps
 
     def is_wanted(self, step: int) -> bool:
-        """Return whether `step` is due, under evaluation or the best."""
-        return self.config.save_checkpoint and (self.is_due(step) or step in (self.state.pending, self._best_step))
+        """Return whether `step` is due, to be evaluated or the best."""
+        return self.config.save_checkpoint and (self.is_due(step) or step in (*self.state.pending, self._best_step))
 
     @property
     def protected_steps(self) -> Steps:
-        """The steps that must not be deleted: the present one, the one under evaluation, the best."""
-        return self.state.step, self.state.pending, self._best_step
+        """The steps that must not be deleted: the present one, those still to be evaluated, the best."""
+        return self.state.step, *self.state.pending, self._best_step
 
     def submit(self) -> None:
         """Save the present moment, that of `state.step`; a collective, since each rank's random streams are saved.

@@ -77,8 +77,8 @@ class Trainer:
     options: StepOptions
     start: Checkpoint | None
     """Where `state` stood when this was built or rolled back; None: the beginning."""
-    pending_model: Path | None
-    """The weights of step `state.pending`, whose evaluation was interrupted."""
+    pending_models: dict[int, Path]
+    """The weights of each step in `state.pending`, whose evaluation is due."""
     step: int = field(init=False, default=0)
     """The present step, or the last one."""
     inputs: Generator[BatchIndices] = field(init=False)
@@ -104,6 +104,7 @@ class Trainer:
         self.run, self.metadata, self.report = run, metadata | self.extensions.metadata(), report
         # A roll-back makes policy and optimizer anew, so all that holds on to them is opened again.
         keep_freed_memory()
+        self._began = time.monotonic() - self.state.elapsed_s
         with self._open_loggers():
             while True:
                 try:
@@ -113,7 +114,7 @@ class Trainer:
                     self.roll_back(error)
 
     def _fit(self) -> TrainResult:
-        self.resume_interrupted_evaluation()
+        self.resume_due_evaluations()
         steps = range(self.state.step + 1, self.config.steps + 1)
         for self.step in steps:
             batch = self.next_batch()
@@ -232,7 +233,7 @@ class Trainer:
                 self.update_norms()
             with self.profiler.phase("saving"):
                 self.state.step, self.state.sampler = self.step, self.sampler.state_dict()
-                self.state.window = self.metrics.sums()
+                self.state.window, self.state.elapsed_s = self.metrics.sums(), self.elapsed_s
                 self.checkpoints.submit()
 
     def finish(self, early: bool = False) -> TrainResult:
@@ -243,12 +244,14 @@ class Trainer:
             signals.raise_if_stopped(self.step, latest.directory if latest else None)
         return TrainResult(self.step, self.means, latest, self.evaluator.latest, pruned=early)
 
-    def resume_interrupted_evaluation(self) -> None:
-        """Evaluate again what was being evaluated when the run was stopped; save the last step, if that was it."""
+    def resume_due_evaluations(self) -> None:
+        """Evaluate what was due and not done when the run was stopped; save the last step, if that was all."""
         self.step, saves = self.state.step, False
-        if is_main() and self.pending_model is not None:
-            self.evaluator.resume_pending(self.pending_model)
-            saves = self.step == self.config.steps and self.state.pending is None
+        if is_main() and self.pending_models:
+            for step, model_dir in self.pending_models.items():
+                self.evaluator.poll(wait=True)
+                self.evaluator.resume(step, model_dir, is_dropped=self.is_pruned)
+            saves = self.step == self.config.steps and not self.state.pending
         # Rank 0 has opened the run directory; only now do the others begin a step.
         if agree(checkpoint=saves).checkpoint:
             self.save()
@@ -269,7 +272,7 @@ class Trainer:
         # The number is part of the data order's seed: the batches that broke training come in another order.
         self.state.rollbacks, self.state.skipped = number, 0
         self.sampler.load_state_dict(self.sampler.state_dict(), number)
-        self.start, self.pending_model = checkpoint, find_pending(checkpoint, self.state, self.config.steps)
+        self.start, self.pending_models = checkpoint, find_pending(checkpoint, self.state, self.config)
         if self.loggers is not None:
             self.loggers.rewind(self.state.step, self.state.pending, number, error.step)
 
@@ -286,6 +289,12 @@ class Trainer:
     def is_pruned(self) -> bool:
         """Whether the pruner ends the run at this step, before its last."""
         return self._pruned and not self.is_last_step
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        # A roll-back does not turn the clock back: what it repeats takes time, too.
+        return round(time.monotonic() - self._began, 3)
 
     def on_evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Log the evaluation of `step`, report it, and let it compete for `best`."""
@@ -309,6 +318,8 @@ class Trainer:
         with LoggerCollection(
             self.config, self.run, state.step, state.wandb_run_id, state.pending, state.rollbacks
         ) as self.loggers:
+            device = str(self.lerobot.policy.device)
+            self.loggers.context = lambda: {"elapsed_s": self.elapsed_s, "device": device}
             yield
 
     @contextmanager

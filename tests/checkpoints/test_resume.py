@@ -246,7 +246,7 @@ def test_an_evaluation_that_was_cut_short_at_the_last_step_is_all_that_is_done(
     assert_same_bits(whole, run)
     assert metrics(run, "") == metrics(whole, "")
     assert (run / "checkpoints/best").resolve().name == "000004"
-    assert json.loads(state.read_text())["pending"] is None
+    assert json.loads(state.read_text())["pending"] == []
 
 
 @pytest.mark.slow

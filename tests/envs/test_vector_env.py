@@ -20,8 +20,10 @@ from pusht_act.envs import vector_env as module
 from pusht_act.envs.episode import VideoRequest
 from pusht_act.envs.vector_env import SubprocVectorEnv, SyncVectorEnv, VectorEnv, make_vector_envs
 from pusht_act.evaluation.evaluate import evaluate
+from pusht_act.evaluation.records import Record
 from pusht_act.evaluation.rollout import Actor, Rollout, env_spec, rollout
 from pusht_act.job import Result
+from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.signals import STOPPING
 from tests.helpers.policies import policy_for
 from tests.helpers.processes import gone
@@ -113,14 +115,16 @@ def test_batches_side_by_side_change_no_bit(
     env = PushtEnv(obs_type=kind, episode_length=15)
     policy, processors = policy_for(env, **options)
     config = EvalConfig(n_episodes=7, batch_size=2, start_seed=50, n_videos=3)
+    records = [Record(RunDir(tmp_path / name), 0, {"start_seed": 50, "n_episodes": 7}) for name in ("one", "both")]
+    groups_of: list[list[VectorEnv]] = [[SyncVectorEnv()], [two, three]]
     one, both = (
-        evaluate(Actor(policy, processors), groups, env, config, directory=tmp_path / name)
-        for name, groups in (("one", [SyncVectorEnv()]), ("both", [two, three]))
+        evaluate(Actor(policy, processors), groups, env, config, record=record)
+        for record, groups in zip(records, groups_of, strict=True)
     )
     assert one.episodes == both.episodes
     assert [episode.episode_ix for episode in both.episodes] == list(range(7))
-    for path in (tmp_path / "one").iterdir():
-        assert path.name == "metrics.json" or path.read_bytes() == (tmp_path / "both" / path.name).read_bytes()
+    for path in records[0].directory.iterdir():
+        assert path.name == "metrics.json" or path.read_bytes() == (records[1].directory / path.name).read_bytes()
     assert len(both.video_paths) == 3
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,12 +101,19 @@ def test_an_episodes_numbers_do_not_depend_on_how_many_are_asked_for() -> None:
 def test_mode_eval_repeats_the_numbers_of_training(tiny: Tiny) -> None:
     trained = tiny("eval_freq=4", "eval.start_seed=300", "eval.n_videos=1")
     run = trained.output_dir
-    in_training = (run / "eval/step-000004_seeds-300-301/episodes.csv").read_text()
-    again = pusht_act.run(
-        ["mode=eval", f"checkpoint={run}", "eval.start_seed=300", "eval.n_episodes=2", "eval.batch_size=2"]
-    )
+    (folder,) = (run / "eval").iterdir()
+    in_training = {path.name: path.read_bytes() for path in folder.iterdir()}
+    command = ["mode=eval", f"checkpoint={run}", "eval.start_seed=300", "eval.n_episodes=2", "eval.batch_size=2"]
+    command += ["eval.n_videos=1"]
+    again = pusht_act.run(command)
     assert again.episodes == trained.episodes
-    assert (again.output_dir / "episodes.csv").read_text() == in_training
+    # Training's is the same evaluation, so that it is not run again, but on demand.
+    assert again.output_dir == folder
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == in_training
+    again = pusht_act.run([*command, "overwrite=true"])
+    assert again.episodes == trained.episodes
+    assert (folder / "episodes.csv").read_bytes() == in_training["episodes.csv"]
+    assert (folder / "metrics.json").read_bytes() != in_training["metrics.json"]
     assert again.metrics.items() <= trained.metrics.items()
 
 
@@ -115,7 +123,8 @@ def test_what_an_evaluation_writes(tiny: Tiny) -> None:
         ["mode=eval", f"checkpoint={run}/checkpoints/last", "eval.n_episodes=3", "eval.batch_size=2", "eval.n_videos=2"]
     )
     folder = result.output_dir
-    assert folder == run / "eval" / "step-000001_seeds-200000-200002"
+    assert folder.parent == run / "eval"
+    assert re.fullmatch("step-000001_seeds-200000-200002_[0-9a-f]{8}", folder.name)
     rows = list(csv.DictReader((folder / "episodes.csv").open()))
     assert [row["seed"] for row in rows] == ["200000", "200001", "200002"]
     assert set(rows[0]) == {"episode_ix", "seed", "success", "max_reward", "sum_reward", "coverage", "steps"}

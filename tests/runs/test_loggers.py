@@ -3,6 +3,8 @@
 import http.server
 import json
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pusht_act
+from pusht_act.job import Result
 from pusht_act.runs.loggers import JsonlLogger, LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.training.metric_accumulator import MetricAccumulator
 from tests.helpers.config import config
 from tests.helpers.runs import TINY
 from tests.helpers.wandb_runs import forget_settings, history, lines, records
+
+Tiny = Callable[..., Result]
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "time"} for line in lines(path)]
+
 
 LOSSES = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20)
 
@@ -64,8 +74,39 @@ def test_a_window_of_skipped_steps_has_their_number_alone(skipped: float) -> Non
 def test_a_line_is_there_as_soon_as_it_is_logged(tmp_path: Path) -> None:
     sink = JsonlLogger(tmp_path / "run" / "metrics.jsonl", resumed_at=0)
     sink.log({"train/loss": 0.5}, 200)
-    assert lines(tmp_path / "run" / "metrics.jsonl") == [{"step": 200, "train/loss": 0.5}]
+    assert untimed(tmp_path / "run" / "metrics.jsonl") == [{"step": 200, "train/loss": 0.5}]
     sink.close()
+
+
+def test_a_line_has_its_time(tmp_path: Path) -> None:
+    sink = JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=0)
+    began = time.time()
+    sink.log({"train/loss": 0.5}, 1)
+    sink.close()
+    (line,) = lines(tmp_path / "metrics.jsonl")
+    assert began - 0.001 <= line["time"] <= time.time() + 0.001
+    assert round(line["time"], 3) == line["time"]
+
+
+def test_a_line_has_its_device_and_the_seconds_of_training_without_those_between_two_processes(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny("steps=2", "eval_freq=2").output_dir
+    first = lines(run / "metrics.jsonl")
+    # A process that is started an hour later.
+    hour_later = lambda clock=time.time: clock() + 3600.0  # noqa: E731
+    monkeypatch.setattr("pusht_act.runs.loggers.time.time", hour_later)
+    result = pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4"])
+    found = lines(run / "metrics.jsonl")
+    assert found[: len(first)] == first
+    elapsed = [line["elapsed_s"] for line in found]
+    assert elapsed == sorted(elapsed)
+    assert 0 < elapsed[0] < elapsed[-1] < 3600 < found[-1]["time"] - found[0]["time"]
+    state = json.loads((run / "checkpoints/last/training_state/pusht_act.json").read_text())
+    assert elapsed[-2] <= state["elapsed_s"] < 3600
+    assert {line["device"] for line in found} == {"cpu"}
+    assert {"time", "elapsed_s", "device", ""}.isdisjoint(result.metrics)
+    assert {"", "elapsed_s", "device"}.isdisjoint(RunDir(run).metrics_of(4))
 
 
 @given(steps=st.lists(st.integers(1, 30)).map(sorted), resumed_at=st.integers(0, 30), torn=st.integers(0, 40))
@@ -86,7 +127,7 @@ def test_a_resume_drops_the_evaluation_that_it_does_again_and_nothing_else_of_it
     for step, key in logged:
         sink.log({key: 0.0}, step)
     sink.close()
-    JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=3, pending=2).close()
+    JsonlLogger(tmp_path / "metrics.jsonl", resumed_at=3, pending=[2]).close()
     assert [(line["step"], list(line)[1]) for line in lines(tmp_path / "metrics.jsonl")] == logged[:-1]
 
 
@@ -98,11 +139,11 @@ def test_a_resume_keeps_the_lines_of_roll_backs_that_its_checkpoint_knows_of(
     with LoggerCollection(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
         for step in range(1, 7):
             metrics.log("train", {"loss": 0.5}, step)
-        metrics.rewind(4, None, number=1, diverged_at=7)
+        metrics.rewind(4, [], number=1, diverged_at=7)
         assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 4]
-        metrics.rewind(4, None, number=2, diverged_at=8)
+        metrics.rewind(4, [], number=2, diverged_at=8)
         metrics.log("train", {"loss": 0.5}, 5)
-    JsonlLogger(path, resumed_at, None, rollbacks).close()
+    JsonlLogger(path, resumed_at, [], rollbacks).close()
     assert [line["rollback/number"] for line in lines(path) if "rollback/number" in line] == kept
     assert [line["step"] for line in lines(path) if "train/loss" in line] == [1, 2, 3, 4, 5][:resumed_at]
 
@@ -120,7 +161,7 @@ def test_groups_name_the_metrics(tmp_path: Path) -> None:
     with LoggerCollection(config("wandb.enable=false"), RunDir(tmp_path), 0, None) as metrics:
         metrics.log("train", {"loss": 0.5}, 1)
         metrics.log("eval", {"pc_success": 10.0}, 1)
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}, {"step": 1, "eval/pc_success": 10.0}]
+    assert untimed(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}, {"step": 1, "eval/pc_success": 10.0}]
     assert not (tmp_path / "wandb").exists()
 
 
@@ -231,7 +272,7 @@ def test_wandb_can_be_disabled(how: str, tmp_path: Path, nobody: None, monkeypat
     if how == "environment":
         monkeypatch.setenv("WANDB_MODE", "disabled")
     assert log_once(tmp_path, *(["wandb.mode=disabled"] if how == "option" else [])) is None
-    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
+    assert untimed(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
     assert not (tmp_path / "wandb").exists()
 
 

@@ -136,10 +136,15 @@ def test_a_long_list_of_runs_is_cut(tmp_path: Path) -> None:
     assert "run6" not in str(caught.value)
 
 
-def test_an_evaluation_has_one_place_for_each_step_and_seeds() -> None:
-    places = {RunDir(Path("r")).evaluation(*key) for key in [(1, 0, 10), (2, 0, 10), (1, 10, 10), (1, 0, 20)]}
-    assert len(places) == 4
-    assert RunDir(Path("r")).evaluation(5000, 100_000, 50) == Path("r/eval/step-005000_seeds-100000-100049")
+def test_an_evaluation_has_one_place_for_each_step_seeds_and_identity() -> None:
+    places = {
+        RunDir(Path("r")).evaluation(*key)
+        for key in [(1, 0, 10, "a"), (2, 0, 10, "a"), (1, 10, 10, "a"), (1, 0, 20, "a"), (1, 0, 10, "b")]
+    }
+    assert len(places) == 5
+    assert RunDir(Path("r")).evaluation(5000, 100_000, 50, "0123456789") == Path(
+        "r/eval/step-005000_seeds-100000-100049_01234567"
+    )
 
 
 def test_provenance_is_the_configuration_and_a_line_for_each_start(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pusht_act.runtime.signals import STOPPING, StopSignal, signals
 from tests.helpers.commands import Commands, appears
 from tests.helpers.evaluations import outcome
 from tests.helpers.runs import tiny_command
-from tests.helpers.training import assert_same_bits
+from tests.helpers.training import assert_same_bits, metrics
 
 Tiny = Callable[..., Result]
 SIGNALS = pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
@@ -100,15 +100,15 @@ def test_training_stops_saved_at_the_end_of_a_step_and_goes_on_to_the_same_bits(
 @pytest.mark.parametrize(
     ("options", "at", "pending"),
     [
-        (["eval.background=false", "steps=9"], "step 2/", 2),  # in the way of training
-        (["steps=2"], "step 2/", 2),  # the last step's is waited for
-        (["steps=9"], "step 4/", 2),  # step 4 waits for that of step 2 before its own begins
-        (["steps=4"], "step 4/", 2),
+        (["eval.background=false", "steps=9"], "step 2/", [2]),  # in the way of training
+        (["steps=2"], "step 2/", [2]),  # the last step's is waited for
+        (["steps=9"], "step 4/", [2, 4]),  # step 4 waits for that of step 2 before its own begins
+        (["steps=4"], "step 4/", [2, 4]),
     ],
     ids=["foreground", "last", "wait", "last-wait"],
 )
 def test_an_evaluation_is_broken_off_and_done_again(
-    options: list[str], at: str, pending: int, tmp_path: Path, job: Callable[..., Job], tiny: Tiny
+    options: list[str], at: str, pending: list[int], tmp_path: Path, job: Callable[..., Job], tiny: Tiny
 ) -> None:
     run = tmp_path / "run"
     command = tiny_command("eval_freq=2", "save_freq=0", *LONG, *options, f"output_dir={run}")
@@ -124,6 +124,31 @@ def test_an_evaluation_is_broken_off_and_done_again(
     tiny("eval_freq=2", "save_freq=0", *LONG, *options, *SHORT, f"output_dir={tmp_path / 'whole'}")
     assert_same_bits(tmp_path / "whole", run)
     assert outcome(run) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stops", [["step 4/"], ["step 4/", "resuming from"], ["step 4/", "resuming from", "resuming from"]]
+)
+@pytest.mark.parametrize("background", [True, False])
+def test_all_evaluations_that_were_due_are_done_after_several_stops(
+    stops: list[str], background: bool, tmp_path: Path, job: Callable[..., Job], tiny: Tiny
+) -> None:
+    run, options = tmp_path / "run", ["eval_freq=2", "save_freq=0", "steps=9", "resume.auto=true"]
+    options += [*LONG, f"eval.background={background}"]
+    if not background:
+        stops = [each.replace("step 4/", "step 2/") for each in stops]
+    for number, text in enumerate(stops):
+        assert job(*tiny_command(*options, f"output_dir={run}")).stopped(signal.SIGTERM, text, after=0.4)[0] == 143
+        step, due = state(run)["step"], state(run)["pending"]
+        assert due == [*range(2, step + 1, 2)]
+        assert number == 0 or step > 2
+    resumed = pusht_act.run(["mode=resume", f"output_dir={run}", "steps=9", *SHORT])
+    assert resumed.step == 9
+    tiny(*options, *SHORT, "resume.auto=false", f"output_dir={tmp_path / 'whole'}")
+    assert_same_bits(tmp_path / "whole", run)
+    assert outcome(run) == outcome(tmp_path / "whole")
+    assert [line["step"] for line in metrics(run, "eval/")] == [2, 4, 6, 8, 9]
 
 
 @pytest.mark.slow
