@@ -33,7 +33,7 @@ from pusht_act.training.extensions import Extensions
 
 if TYPE_CHECKING:
     from pusht_act.evaluation.records import Evaluation, Record
-    from pusht_act.training.trainer import Report, Trainer
+    from pusht_act.training.trainer import Report, Trainer, TrainResult
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,6 @@ def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensi
 
 def _train(job: ResolvedJob) -> Result:
     config, start, run = job.config, job.start, job.run
-    overrides, choices, report = job.overrides, job.choices, job.report
     if job.auto_resumes and start is not None and is_finished(start, config):
         job.extensions.check_same(start)
         return _finished_result(job, start)
@@ -146,29 +145,14 @@ def _train(job: ResolvedJob) -> Result:
     # From here on the other ranks take part (see run_worker).
     from pusht_act.training.automatic import resolve_automatic
 
-    config = resolve_automatic(config, start)
-    job = dataclasses.replace(job, config=config)
-    broadcast_from_main((config, start))
-    trainer = _build_trainer(config, start, job.extensions)
-    metadata: dict[str, Any] = {"config": to_dict(config), "choices": choices}
+    job = dataclasses.replace(job, config=resolve_automatic(config, start))
+    broadcast_from_main((job.config, start))
+    trainer = _build_trainer(job.config, start, job.extensions)
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
         assert job.lock is not None
         job.lock.relock(moved)
-    write_provenance(run, to_dict(config), overrides, job.extensions.metadata())
-    with log_file(run):
-        if start is not None:
-            log.info("resuming from %s", start.directory)
-        try:
-            training = trainer.fit(run, metadata, report)
-        except StopSignal as stopped:
-            _print_how_to_resume(stopped, job)
-            raise
-        except PeerLostError as lost:
-            # Said here, so that train.log has it, too.
-            lost.remedy, lost.reported = describe_restart(config, run), True
-            log.error("%s", lost)
-            raise
+    training = _fit(trainer, job)
     # A run that the pruner ended is not what anybody wants on the Hub.
     evaluation = training.evaluation
     if training.checkpoint is not None and not training.pruned:
@@ -183,6 +167,25 @@ def _train(job: ResolvedJob) -> Result:
         video_paths=evaluation.video_paths if evaluation else [],
         pruned=training.pruned,
     )
+
+
+def _fit(trainer: "Trainer", job: ResolvedJob) -> "TrainResult":
+    """Train in the run directory, and log how to continue if something ends that early."""
+    config, run = to_dict(job.config), job.run
+    write_provenance(run, config, job.overrides, job.extensions.metadata())
+    with log_file(run):
+        if job.start is not None:
+            log.info("resuming from %s", job.start.directory)
+        try:
+            return trainer.fit(run, {"config": config, "choices": job.choices}, job.report)
+        except StopSignal as stopped:
+            _print_how_to_resume(stopped, job)
+            raise
+        except PeerLostError as lost:
+            # Said here, so that train.log has it, too.
+            lost.remedy, lost.reported = describe_restart(job.config, run), True
+            log.error("%s", lost)
+            raise
 
 
 def _finished_result(job: ResolvedJob, checkpoint: Checkpoint) -> Result:
