@@ -181,7 +181,6 @@ REFUSED = [
     ),
     ("mode=eval checkpoint=x +optimizer.grad_clip_norm=1", "optimizer.grad_clip_norm=1 is for training (", "mode=eval"),
     ("mode=eval checkpoint=x seed=3", "seed=3 is for training (", "mode=eval has eval.start_seed="),
-    ("mode=eval checkpoint=x overwrite=true", "overwrite=True is for training (", "and mode=demos, not for mode=eval"),
     *(
         (f"mode=demos {given}", f"{given} is for training (", "not for mode=demos: leave it out")
         for given in ("policy.dim_model=64", "eval.n_episodes=3", "seed=3", "wandb.enable=False", "steps=5")
