@@ -201,7 +201,7 @@ def outcome(run: Path) -> dict[str, Any]:
         (line["step"], sorted((key, value) for key, value in line.items() if not key.endswith(timed)))
         for line in lines(run)
     )
-    groups = Counter((step, next(key for key, _ in values if key != "step")) for step, values in metrics)
+    groups = Counter((step, next(key for key, _ in values if "/" in key)) for step, values in metrics)
     assert set(groups.values()) == {1}, "a step's group is there twice"
     # What is to be removed at a later save depends on when an evaluation beside training was over.
     files = {

@@ -53,17 +53,17 @@ def evaluate(
     Raises:
         OSError: A worker process was killed, or the disk is full.
     """
-    spec = env_spec(env, actor.policy.config)
+    spec, start = env_spec(env, actor.policy.config), time.perf_counter()
     with _ProgressBar(config.n_episodes, description) as progress:
         if record is None:
-            return _run_batches(actor, envs, spec, config, progress, None)
+            return Evaluation(_run_batches(actor, envs, spec, config, progress, None), time.perf_counter() - start)
         stored = record.load()
         if stored is None or record.load(config.n_videos) is None:
             with _part(record) as part:
                 requests = video_requests(part, min(config.n_videos, config.n_episodes), env.fps)
                 finished = FinishedBatches(part, record, stored, requests)
-                evaluation = _run_batches(actor, envs, spec, config, progress, finished)
-                _store(record, evaluation, part, stored)
+                episodes = _run_batches(actor, envs, spec, config, progress, finished)
+                _store(record, Evaluation(episodes, time.perf_counter() - start), part, stored)
     record.append()
     result = replace(record, overwrite=False).load(config.n_videos)
     assert result is not None, "it was just written"
@@ -147,8 +147,7 @@ def _run_batches(
     config: EvalConfig,
     progress: "_ProgressBar",
     finished: FinishedBatches | None,
-) -> Evaluation:
-    start = time.perf_counter()
+) -> list[EpisodeResult]:
     batch_size = min(config.batch_size, config.n_episodes)
 
     # LeRobot's temporal ensembler keeps its state in the policy, so it serves one batch at a time.
@@ -199,8 +198,7 @@ def _run_batches(
         finally:
             actor.policy.train(was_training)
     episodes = [episode for batch in rollouts for episode in batch]
-    numbered = [replace(episode, episode_ix=i) for i, episode in enumerate(episodes[: config.n_episodes])]
-    return Evaluation(numbered, time.perf_counter() - start)
+    return [replace(episode, episode_ix=i) for i, episode in enumerate(episodes[: config.n_episodes])]
 
 
 class _ProgressBar:

@@ -36,7 +36,7 @@ def identify(
     """
     return {
         "model": model,
-        "policy": {key: value for key, value in policy.items() if not key.startswith(NEUTRAL_POLICY_KEYS)},
+        "policy": {key: _plain(value) for key, value in policy.items() if not key.startswith(NEUTRAL_POLICY_KEYS)},
         "device": device,
         "env": env,
         "start_seed": config.start_seed,
@@ -44,6 +44,11 @@ def identify(
         "batch_size": min(config.batch_size, config.n_episodes),
         "versions": {package: version(package) for package in PACKAGES},
     }
+
+
+def _plain(value: Any) -> Any:
+    """Return a truth value as a number: LeRobot declares one as an int, which its files then turn into one."""
+    return int(value) if isinstance(value, bool) else value
 
 
 def digest(values: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import Override
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.config.schema import OptunaConfig
+from pusht_act.config.optuna import OptunaConfig
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import locked
 from pusht_act.sweeps.pruning import STORAGE, STUDY, root_cause

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from pusht_act.config.schema import Pruner, PrunerConfig
+from pusht_act.config.optuna import Pruner, PrunerConfig
 
 log = logging.getLogger(__name__)
 

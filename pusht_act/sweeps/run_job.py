@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.aliases import rename_overrides
+from pusht_act.config.optuna import Metric
 from pusht_act.config.overrides import is_output_dir_typed, unused_overrides
-from pusht_act.config.schema import Metric, Mode
+from pusht_act.config.schema import Mode
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import LockOwner
 from pusht_act.sweeps.backbone_weights import decide_for_sweep

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pusht_act.config.aliases import rename_overrides
-from pusht_act.config.schema import Metric
+from pusht_act.config.optuna import Metric
 from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import NAME as LOCK

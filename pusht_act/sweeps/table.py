@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pusht_act.config.schema import Direction, Metric
+from pusht_act.config.optuna import Direction, Metric
 from pusht_act.runtime.markdown import format_table
 
 if TYPE_CHECKING:

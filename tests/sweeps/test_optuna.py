@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from pusht_act.config.schema import Direction, OptunaConfig, Pruner, PrunerConfig
+from pusht_act.config.optuna import Direction, OptunaConfig, Pruner, PrunerConfig
 from pusht_act.main import CONFIG_DIR
 from pusht_act.sweeps import optuna_sweeper, pruning
 from pusht_act.sweeps.optuna_sweeper import search_space
