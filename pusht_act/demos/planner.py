@@ -15,8 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from pusht_act.demos.proposals import propose
-from pusht_act.envs.coverage import GOAL_ANGLE, GOAL_CENTRE_X, GOAL_CENTRE_Y, coverage
-from pusht_act.envs.pusht import SUCCESS_COVERAGE
+from pusht_act.envs.coverage import GOAL_ANGLE, GOAL_CENTRE_X, GOAL_CENTRE_Y, SUCCESS_COVERAGE, coverage
 from pusht_act.envs.simulator import (
     AGENT_RADIUS,
     ANGLE,

@@ -8,11 +8,10 @@ import gym_pusht  # noqa: F401  (registers the environment)
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Shaped, UInt8
 
-from pusht_act.envs.coverage import coverage_of_poses
+from pusht_act.envs.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.envs.gym_pusht_internals import block_corners
 from pusht_act.envs.physics import advance
 from pusht_act.envs.pusht import (
-    SUCCESS_COVERAGE,
     Start,
     check_start,
     disable_contact_counting,

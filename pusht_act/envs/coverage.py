@@ -1,4 +1,4 @@
-"""Compute the share of the goal that the block covers, by clipping rectangles.
+"""Compute the share of the goal that the block covers, and from which share on an episode succeeds.
 
 This is gym-pusht's measure to 1e-12, without shapely, whose result also varies in the last bit from call to call.
 """
@@ -17,6 +17,8 @@ GOAL_CENTRE_X = 256.0 - math.sin(GOAL_ANGLE) * CENTRE
 GOAL_CENTRE_Y = 256.0 + math.cos(GOAL_ANGLE) * CENTRE
 GOAL_AREA = 6300.0
 """Area of the T, px^2."""
+SUCCESS_COVERAGE = 0.95
+"""An episode succeeds when the block covers more than this share of the goal; 1 is all of it."""
 
 
 @compiled

@@ -5,12 +5,12 @@ import gymnasium
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from pusht_act.envs.coverage import coverage_of_poses
+from pusht_act.envs.coverage import SUCCESS_COVERAGE, coverage_of_poses
 from pusht_act.envs.episode import EnvSpec, EnvState, EpisodeResult, Observation, StepResult, VideoRequest
 from pusht_act.envs.film_strip import film_strip
 from pusht_act.envs.gym_pusht_internals import block_corners, set_last_action
 from pusht_act.envs.physics import advance
-from pusht_act.envs.pusht import SUCCESS_COVERAGE, disable_contact_counting, keypoints
+from pusht_act.envs.pusht import disable_contact_counting, keypoints
 from pusht_act.envs.rendering import render_frame, render_observation
 from pusht_act.envs.video import VideoWriter
 

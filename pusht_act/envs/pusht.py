@@ -22,10 +22,6 @@ A state is agent x, y, block x, y (px), block angle (rad) and agent velocity x, 
 the agent is at rest.
 """
 
-# A constant of gym_pusht/envs/pusht.py.
-SUCCESS_COVERAGE = 0.95
-"""An episode succeeds when the block covers more than this share of the goal; 1 is all of it."""
-
 # gym-pusht's own resets put corners of the T up to 17 px into a wall, which then pushes them out.
 SLACK = 20.0
 """How far outside the walls a state may be, px."""

@@ -28,7 +28,10 @@ class Logger(Protocol):
 class JsonlLogger:
     """Writes metrics.jsonl: one JSON object a line, {"step": 200, "train/loss": 0.61, ..., "time": 1767225600.123}.
 
-    `time` is when the line was logged, in seconds since the epoch.
+    train/*      Trainer.log_metrics: the loss and its parts, the gradient's norm, the learning rate, times
+    eval/*       Evaluation.metrics of the environment; eval/loss is the validation loss
+    rollback/*   a roll-back after training diverged
+    time         when the line was logged, in seconds since the epoch; elapsed_s: training time until then; device
 
     Each step has one line for each group of metrics. The line of a background evaluation comes after those of later
     steps. Lines that a full disk does not take are kept, and written as soon as there is room.

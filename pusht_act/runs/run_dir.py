@@ -1,5 +1,6 @@
 """The paths within a run directory, and whether a new run may use that directory.
 
+Its own path is `output_dir`, which conf/config.yaml and conf/mode/ compose from the job's name and mode.
 Imports neither torch nor lerobot, so that a refusal is immediate.
 """
 

@@ -1,4 +1,8 @@
-"""A sweep's jobs on SLURM: show the script they would be submitted by, wait for them, explain what SLURM refuses."""
+"""A sweep's jobs on SLURM: show the script they would be submitted by, wait for them, explain what SLURM refuses.
+
+Hydra's submitit launcher submits the job array. Its options are in conf/cluster/slurm.yaml, and its size is set in
+submitit_internals.py.
+"""
 
 import re
 from pathlib import Path

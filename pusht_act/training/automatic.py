@@ -1,4 +1,7 @@
-"""Decide what a configuration leaves open, once, so that the run, its checkpoints and its logs say what was chosen."""
+"""Decide what a configuration leaves open, once, so that the run, its checkpoints and its logs say what was chosen.
+
+policy.device=auto is the exception: each start takes what its machine has (config/lerobot.py, resolve_device).
+"""
 
 import json
 from dataclasses import replace
