@@ -22,7 +22,8 @@ def decide_for_sweep(cfg: DictConfig, directory: Path) -> None:
     """
     policy = cfg.policy
     has_backbone = cfg.env.get("obs_type", "pixels_agent_pos") == "pixels_agent_pos"
-    if cfg.mode not in TRAIN_MODES or policy.get("pretrained_backbone_weights") != AUTO or not has_backbone:
+    trains = cfg.mode in TRAIN_MODES and not cfg.print_lerobot_command
+    if not trains or not has_backbone or policy.get("pretrained_backbone_weights") != AUTO:
         return
     backbone = policy.get("vision_backbone", "resnet18")
     path = directory / f"{backbone}_weights.json"

@@ -50,11 +50,11 @@ def assert_same_bits(a: Path, b: Path, processes: int = 1) -> None:
 
 
 def metrics(run: Path, prefix: str = "train/") -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl that have a key with `prefix`, without times."""
+    """Return the lines of metrics.jsonl that have a key with `prefix`, without times and device."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timings = ("_s", "samples_per_s")  # also elapsed_s
     return [
-        {k: v for k, v in line.items() if k != "time" and not k.endswith(timings)}
+        {k: v for k, v in line.items() if k not in ("time", "device") and not k.endswith(timings)}
         for line in lines
         if any(key.startswith(prefix) for key in line)
     ]

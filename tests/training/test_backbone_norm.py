@@ -127,7 +127,12 @@ def test_a_cached_file_of_weights_is_taken(tmp_path: Path, monkeypatch: pytest.M
 def test_a_sweep_decides_once(tmp_path: Path) -> None:
     def decided(env: str = "pixels_agent_pos") -> Any:
         cfg = OmegaConf.create(
-            {"mode": Mode.full, "env": {"obs_type": env}, "policy": {"pretrained_backbone_weights": "auto"}}
+            {
+                "mode": Mode.full,
+                "print_lerobot_command": False,
+                "env": {"obs_type": env},
+                "policy": {"pretrained_backbone_weights": "auto"},
+            }
         )
         decide_for_sweep(cfg, tmp_path)
         return cfg.policy.pretrained_backbone_weights
