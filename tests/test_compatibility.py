@@ -30,6 +30,10 @@ CHANGED_VALUES: dict[tuple[str, Any], Any] = {
     ("policy.pretrained_backbone_weights", "ResNet18_Weights.IMAGENET1K_V1"): "auto",
 }
 """(Dotted key, value of then) -> value of now."""
+CHANGED_EXPERIMENTS: dict[str, dict[str, Any]] = {
+    "quickstart_image": {"steps": 3100, "batch_size": 64, "demos.n_episodes": 1000, "train.precision": "auto"},
+}
+"""Values of now, by experiment."""
 REMOVED_JOBS: set[str] = {"dagger"}
 """Modes and experiments of then that there are no more."""
 HYDRAS_FLAGS = (FIXTURES / "goldens" / "help.txt").read_text().partition("--help,-h")[2]
@@ -132,6 +136,7 @@ def expected_configuration(name: str) -> dict[str, Any]:
     for (key, then), now in CHANGED_VALUES.items():
         if keys[key] == then:
             keys[key] = now
+    keys |= CHANGED_EXPERIMENTS.get(name, {})
     return {renamed(key): value for key, value in keys.items()}
 
 
