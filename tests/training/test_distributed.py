@@ -139,7 +139,9 @@ def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_s
 def test_a_script_that_calls_run_ends_as_the_command_does(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """Without a traceback, whichever rank is sent the signal."""
     run = tmp_path / "run"
-    script = ["-c", "import sys, pusht_act; pusht_act.run(sys.argv[1:])", *tiny_command("steps=100000")]
+    # A shell's background job, such as a whole run of the tests, is born with SIGINT ignored.
+    begin = "import signal, sys, pusht_act; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = ["-c", f"{begin}; pusht_act.run(sys.argv[1:])", *tiny_command("steps=100000")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -156,7 +158,11 @@ def test_a_script_that_calls_run_ends_as_the_command_does(number: signal.Signals
             )
     appears(run / "train.log", "step 3/")
     ranks[1].send_signal(number)
-    codes = [rank.wait(120) for rank in ranks]
+    try:
+        codes = [rank.wait(120) for rank in ranks]
+    finally:
+        for each in ranks:
+            each.kill()
     printed = [(tmp_path / rank).read_text() for rank in "01"]
     assert codes == [code, -signal.SIGKILL if number == signal.SIGKILL else code], printed
     assert not any("Traceback" in text for text in printed), printed
