@@ -4,9 +4,10 @@
 
 A small run is killed (SIGKILL) at random moments and at chosen ones, such as in a save or when a link is switched, and
 the same command is given again (resume.auto=true) until it is done; then the next run begins, until all kills are
-spent. `--signal TERM` stops it instead. Weights, optimizer, random streams, loop state, metrics (but times),
-evaluations and links must be those of a run that was left alone, and no more may be lost than what came after the last
-save. Prints a table by moment and writes it as JSON; leaves with 1 at the first thing that is not so.
+spent. `--signal TERM` stops it instead, and `--stops 50` adds runs that SIGTERM stops at such moments. Weights,
+optimizer, random streams, loop state, metrics (but times), evaluations and links must be those of a run that was left
+alone, and no more may be lost than what came after the last save. Prints a table by moment and writes it as JSON;
+leaves with 1 at the first thing that is not so.
 """
 
 import argparse
@@ -220,9 +221,21 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
+def table(tally: Tally, number: str) -> list[dict[str, Any]]:
+    """The rows of one kind of signal, by moment."""
+    rows: list[dict[str, Any]] = []
+    for moment in MOMENTS:
+        lost = max(tally.lost.get(moment, []), default=0)
+        rows.append({"signal": number, "at": moment, "times": tally.kills[moment], "steps lost, at most": lost})
+    total = sum(tally.kills.values())
+    rows.append({"signal": number, "at": f"all, {tally.runs} runs the same to the bit", "times": total})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--stops", type=int, default=0, help="graceful stops after the kills, each by SIGTERM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     parser.add_argument("--output", type=Path, default=Path("outputs/torture.json"))
@@ -230,16 +243,15 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     found = record(args)
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            tally = torture(Path(folder), args.kills, args.seed, getattr(signal, f"SIG{args.signal}"))
-        except AssertionError as error:
-            sys.exit(str(error))
     rows = []
-    for moment in MOMENTS:
-        lost = tally.lost.get(moment, [])
-        rows.append({"killed at": moment, "kills": tally.kills[moment], "steps lost, at most": max(lost, default=0)})
-    rows.append({"killed at": f"all, {tally.runs} runs the same to the bit", "kills": sum(tally.kills.values())})
+    for signalled, count in ((args.signal, args.kills), ("TERM", args.stops)):
+        if count:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    tally = torture(Path(folder), count, args.seed, getattr(signal, f"SIG{signalled}"))
+                except AssertionError as error:
+                    sys.exit(str(error))
+            rows += table(tally, f"SIG{signalled}")
     found["seconds"] = time.monotonic() - began
     told(found, rows, args.output)
 

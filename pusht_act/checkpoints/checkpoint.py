@@ -70,7 +70,7 @@ class Checkpoint:
 
 
 def read_pending(state: dict[str, Any]) -> list[int]:
-    """Return the steps in `pending` of a training state; up to version 0.2 it was a single step or None."""
+    """Return the steps in `pending` of a training state; in older checkpoints it is a single step or None."""
     pending = state.get("pending")
     return [pending] if isinstance(pending, int) else list(pending or [])
 

@@ -36,7 +36,7 @@ def identify(
     """
     return {
         "model": model,
-        "policy": {key: _plain(value) for key, value in policy.items() if not key.startswith(NEUTRAL_POLICY_KEYS)},
+        "policy": {key: value for key, value in policy.items() if not key.startswith(NEUTRAL_POLICY_KEYS)},
         "device": device,
         "env": env,
         "start_seed": config.start_seed,
@@ -46,14 +46,18 @@ def identify(
     }
 
 
-def _plain(value: Any) -> Any:
-    """Return a truth value as a number: LeRobot declares one as an int, which its files then turn into one."""
-    return int(value) if isinstance(value, bool) else value
-
-
 def digest(values: dict[str, Any]) -> str:
     """Return the hash of an identity, in hex."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_plain(values), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(content: Any) -> Any:
+    """Return `content` with all numbers as floats: LeRobot reads False as 0 where a field is an int."""
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_plain(each) for each in content]
+    return float(content) if isinstance(content, int | float) else content
 
 
 def model_digests(model_dir: Path) -> dict[str, str]:

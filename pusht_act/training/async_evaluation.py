@@ -202,7 +202,7 @@ def find_pending(start: Checkpoint, state: TrainerState, config: Config) -> dict
         state: The state of the loop.
         config: The run's configuration.
     """
-    # Up to version 0.2 a single step was pending, and the step of a checkpoint that had waited for it was due, too.
+    # An older checkpoint names a single step, and its own step was due, too, if that had waited for it.
     if state.pending and state.step not in state.pending and is_due_step(state.step, config):
         state.pending.append(state.step)
     found = {}

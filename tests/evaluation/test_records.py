@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pusht_act
+from pusht_act.evaluation.identity import digest
 from pusht_act.evaluation.rollout import rollout
 from pusht_act.job import Result
 from tests.helpers.runs import TINY
@@ -75,6 +76,12 @@ def test_the_same_again_is_read_and_printed(
     with pytest.raises(AssertionError, match="run again"):
         evaluated(run, "overwrite=true")
     assert evaluated(run).episodes == first.episodes
+
+
+def test_equal_values_are_one_identity_whatever_their_type() -> None:
+    assert digest({"policy": {"a": False, "b": [2]}}) == digest({"policy": {"b": (2.0,), "a": 0}})
+    assert digest({"policy": {"a": False}}) != digest({"policy": {"a": 1}})
+    assert digest({"policy": {"a": None}}) != digest({"policy": {"a": 0}})
 
 
 def test_videos_that_are_missing_are_added(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
