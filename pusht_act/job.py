@@ -83,6 +83,7 @@ def run_job(
     check_overrides(cfg, overrides)
     if not cfg.print_lerobot_command:
         check_processes(cfg.mode, cfg.train.profile, world_size())
+    # From here the job is decided, and its run directory locked until it has ended.
     with resolve(cfg, overrides, choices) as resolved:
         job = dataclasses.replace(resolved, report=report, extensions=extensions or Extensions())
         if job.config.print_lerobot_command:
@@ -267,6 +268,7 @@ def _evaluate(job: ResolvedJob) -> Result:
         from pusht_act.config.lerobot import resolve_device
 
         device = resolve_device(device)
+    # What is kept beside the result, and what decides whether this is the same evaluation.
     info = {
         "origin": "mode=eval",
         "checkpoint": str(checkpoint.directory),

@@ -172,6 +172,7 @@ def last_checkpoint(
                 "%s; resuming from step %d instead, %s", "; ".join(wrong), checkpoint.step, checkpoint.directory
             )
         return checkpoint
+    # The run never came to a save: say how to start it again.
     if (option := run.restart_option()) is not None:
         raise FileNotFoundError(
             f"nothing to resume in {run.path}, whose run saved no checkpoint: give the command that started it again "

@@ -126,6 +126,7 @@ def snapshot(components: TrainComponents, state: TrainerState, to_cpu: bool) -> 
             for index, values in optimizer["state"].items()
         }
         optimizer = {"state": moments, "param_groups": copy.deepcopy(optimizer["param_groups"])}
+    # The rest is small and copied in any case.
     return Snapshot(
         replace(components, policy=policy),
         optimizer,

@@ -109,6 +109,7 @@ def model_card(config: Config, metrics: dict[str, float], command: str) -> str:
         datasets=None if config.dataset["repo_id"] == EMBEDDED_REPO_ID else [config.dataset["repo_id"]],
         tags=["robotics", "lerobot", "act", "pusht", *(config.policy.get("tags") or [])],
     )
+    # The number that a visitor looks for, with how sure it is.
     result = "No evaluation was made."
     if "pc_success" in metrics:
         m = metrics

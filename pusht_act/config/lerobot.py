@@ -106,6 +106,7 @@ def decode_policy(section: dict[str, Any]) -> ACTConfig:
 
 def _check_architecture(policy: ACTConfig) -> None:
     """What torch and torchvision object to when ACT is made, without naming the key."""
+    # Sizes and names of the transformer.
     if policy.dim_model % policy.n_heads:
         raise UserError(
             f"policy.dim_model={policy.dim_model} is not a multiple of policy.n_heads={policy.n_heads}: "
@@ -122,6 +123,7 @@ def _check_architecture(policy: ACTConfig) -> None:
         )
     if not 0 <= policy.dropout < 1:
         raise UserError(f"policy.dropout={policy.dropout} is out of range: give a number in [0, 1)")
+    # The backbone and its weights, by torchvision's names.
     if policy.vision_backbone not in (backbones := torchvision.models.list_models(include="resnet*")):
         raise UserError(f"policy.vision_backbone={policy.vision_backbone} is unknown: give {', '.join(backbones)}")
     weights = [str(weights) for weights in torchvision.models.get_model_weights(policy.vision_backbone)]
@@ -153,6 +155,7 @@ def resolve_device(name: str) -> str:
 
     LeRobot itself switches to the CPU with a warning, which costs the user a night.
     """
+    # Chosen by us, so it is said.
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         log.info("device: %s", name)
@@ -173,6 +176,7 @@ def observation_keys(env: PushtEnv) -> set[str]:
 
 def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: str | None) -> TrainPipelineConfig:
     """The job as stock `lerobot-train` would write it into a checkpoint, so that it can go on from ours."""
+    # Only what stock reads: our own sections are in the metadata of the checkpoint.
     return TrainPipelineConfig(
         dataset=lerobot.dataset,
         env=lerobot.env,

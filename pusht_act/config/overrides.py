@@ -1,5 +1,6 @@
 """Checks of what only the command line shows: which options were typed, and what they look like there."""
 
+import re
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -15,6 +16,31 @@ from pusht_act.config.options import Option
 from pusht_act.config.schema import CONFIG_DIR, EMBEDDED_REPO_ID, NOT_STATUS, TRAIN_MODES, TRAINING, Mode
 from pusht_act.config.validation import OPTIONS, check_secrets, check_value
 from pusht_act.runtime.errors import UserError
+
+LISTS = ("experiment", "logging")
+"""Groups that take several choices, such as experiment=[a,b]."""
+
+
+def check_choices(arguments: list[str]) -> None:
+    """Check how the choices of groups are written, such as policy=act: Hydra refuses some forms with a traceback.
+
+    Args:
+        arguments: KEY=VALUE with or without Hydra's prefixes; what is not the choice of a group of ours passes.
+
+    Raises:
+        UserError: naming the argument, and the choices that there are.
+    """
+    for argument in arguments:
+        prefix, group, value = re.match(r"([+~]*)([\w/]*)=?(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+        folder = Path(CONFIG_DIR) / group
+        if not group or not folder.is_dir():
+            continue
+        choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        if "~" in prefix:
+            raise UserError(f"{argument}: a group cannot be removed: give {group}= one of {choices}, or leave it out")
+        is_list = value.startswith("[") and group in LISTS
+        if value.startswith(("{", "[")) and not (is_list and not re.search(r"[\[,]\s*[\d\[{]", value)):
+            raise UserError(f"{argument}: give {group}= one of {choices}")
 
 
 def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:

@@ -148,6 +148,7 @@ def _write(part: Path, folder: Path, build: Callable[[Allocate], BuiltDataset]) 
             )
         return dict(arrays)
 
+    # The builder asks for its arrays when it knows their size, and fills them page by page.
     contents = build(allocate)
     files = {name: part / f"{name}.npy" for name in arrays}
     checksums: dict[str, int] = {}
@@ -155,6 +156,7 @@ def _write(part: Path, folder: Path, build: Callable[[Allocate], BuiltDataset]) 
         for name, array in arrays.items():
             assert isinstance(array.base, mmap.mmap)
             checksums[name] = _checksum(files[name], bar, array.base)
+    # meta.json comes last and has a checksum of its own: it vouches for everything else.
     record = {
         "arrays": checksums,
         "episodes": contents.episodes.tolist(),

@@ -54,6 +54,7 @@ def push(root: Path, config: Config, figures: dict[str, float], command: str) ->
 
 def _fields(config: Config, figures: dict[str, float], command: str) -> dict[str, Any]:
     """Return the fields of LeRobot's card template."""
+    # How the demonstrations came about, in words.
     from_seeds = config.demos.initial_states is None
     start = "reset seed" if from_seeds else "start (agent x, y, block x, y in px, block angle in rad)"
     versions = ", ".join(f"{name} {number}" for name, number in package_versions().items())

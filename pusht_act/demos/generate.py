@@ -169,6 +169,7 @@ def _write_extras(
     solved = [demo for demo in attempts if demo.success]
     first = solved[0].start
     kind = "seed" if isinstance(first, int) else "start"
+    # For those who want to replay the demonstrations in the simulator.
     kept: dict[str, Any] = {
         kind: np.array([demo.start for demo in solved]),
         "length": np.array([len(demo.action) for demo in solved], np.int64),
@@ -177,6 +178,7 @@ def _write_extras(
         "coverage": np.array([demo.coverage for demo in solved], np.float64),
     }
     np.savez_compressed(root / "demonstrations.npz", **kept)
+    # For those who want to compare them with others, or to make them again.
     record = {
         "demonstrations": figures,
         "human": HUMAN,
@@ -185,6 +187,7 @@ def _write_extras(
         "versions": package_versions(),
     }
     (root / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
+    # For those who want to see one.
     frames = _render_episode(solved[0])
     write_video(root / "episode-0.mp4", frames, FPS)
     film_strip(frames, True, first if isinstance(first, int) else None).save(root / "film_strip.png")

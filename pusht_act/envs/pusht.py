@@ -47,6 +47,7 @@ def check_state(state: Sequence[float] | np.ndarray, key: str = "state") -> tupl
     shown = ", ".join(f"{value:g}" for value in values)
     if len(values) != 5 or not all(math.isfinite(value) for value in values):
         raise UserError(f"{key}=({shown}): give agent x, y, block x, y (px), block angle (rad), all finite")
+    # The simulator would push agent and block out of a wall with a jump, or through it.
     if not all(-SLACK <= value <= ARENA + SLACK for value in values[:2]):
         raise UserError(f"{key}=({shown}): the agent is outside the arena; put it within [0, {ARENA:g}] px")
     corners = _corners(*values[2:])
@@ -64,10 +65,12 @@ def check_start(start: Start | Sequence[float] | np.ndarray) -> Start:
     Raises:
         UserError: A negative seed, neither five nor seven finite numbers, or agent or block outside the walls.
     """
+    # A reset seed, from which gym-pusht draws the state.
     if isinstance(start, int | np.integer):
         if start < 0:
             raise UserError(f"start={start}: a reset seed is 0 or more")
         return int(start)
+    # A state, with the agent's velocity or at rest.
     if len(start) not in (5, 7):
         raise UserError(
             f"start has {len(start)} numbers: give agent x, y, block x, y (px), block angle (rad), and no or two agent "

@@ -57,6 +57,7 @@ def evaluate(
     with _ProgressBar(config.n_episodes, description) as progress:
         if record is None:
             return Evaluation(_run_batches(actor, envs, spec, config, progress, None), time.perf_counter() - start)
+        # Run what is not stored: all of it, or the first episodes again where only their videos are missing.
         stored = record.load()
         if stored is None or record.load(config.n_videos) is None:
             with _part(record) as part:
@@ -64,6 +65,7 @@ def evaluate(
                 finished = FinishedBatches(part, record, stored, requests)
                 episodes = _run_batches(actor, envs, spec, config, progress, finished)
                 _store(record, Evaluation(episodes, time.perf_counter() - start), part, stored)
+    # Read the result back, so that it is the same object as a later call's, which finds it stored.
     record.append()
     result = replace(record, overwrite=False).load(config.n_videos)
     assert result is not None, "it was just written"
@@ -104,6 +106,7 @@ def _part(record: Record) -> Iterator[Path]:
 
     If another process runs the same evaluation, this one has a folder of its own.
     """
+    # Two processes never write into the same folder, but both may finish: their results are the same.
     part = part_path(record.directory)
     try:
         lock = Lock(part, "eval")
@@ -112,6 +115,7 @@ def _part(record: Record) -> Iterator[Path]:
         lock = Lock(part, "eval")
     keeps = False
     try:
+        # overwrite=true repeats the batches, too.
         if record.overwrite:
             for folder in part.glob(f"{BATCH}*"):
                 delete(folder)

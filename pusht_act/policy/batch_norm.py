@@ -83,6 +83,7 @@ def update_statistics(policy: ACTPolicy, batches: Iterable[dict[str, Tensor]]) -
         policy: changed in place, its mode is restored.
         batches: normalized batches with the policy's images, [B, 3, H, W]; at least one.
     """
+    # Add up each layer's first and second moment, in float64: a difference of large sums follows.
     layers, was_training = live_norms(policy), policy.training
     sums = {layer: layer.weight.new_zeros(2, len(layer.weight), dtype=torch.float64) for layer in layers}
 
@@ -90,6 +91,7 @@ def update_statistics(policy: ACTPolicy, batches: Iterable[dict[str, Tensor]]) -
         variance, mean = torch.var_mean(inputs[0].float(), (0, 2, 3), correction=0)
         sums[layer] += torch.stack([mean, variance + mean.square()])  # type: ignore[index]
 
+    # Normalizing in training mode, as if each batch were a training batch of this rank alone.
     hooks = [layer.register_forward_pre_hook(add) for layer in layers]
     policy.train()
     count = 0
@@ -105,6 +107,7 @@ def update_statistics(policy: ACTPolicy, batches: Iterable[dict[str, Tensor]]) -
             layer.over_ranks = True
             hook.remove()
         policy.train(was_training)
+    # All batches have the same size, so the mean of their moments is the moment over all frames.
     for layer, (mean, square) in sums.items():
         layer.running_mean.copy_(mean / count)
         layer.running_var.copy_(square / count - (mean / count).square())

@@ -47,6 +47,7 @@ def write_provenance(
         raise OSError(
             f"output_dir={run.path} cannot be made ({error.strerror}): give output_dir= where you may write"
         ) from error
+    # What it takes to run the same again.
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(overrides, functions),

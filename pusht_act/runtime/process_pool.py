@@ -109,6 +109,7 @@ def imap[T, U](work: Callable[[T], U], items: Iterable[T], workers: int, remedy:
         yield from map(work, items)
         return
     with worker_processes(workers, remedy) as pool:
+        # Keep the workers busy, but no more results in memory than a few for each.
         pending: deque[Future[U]] = deque()
         for item in items:
             pending.append(signals.submit(pool, work, item))

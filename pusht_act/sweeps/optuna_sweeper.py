@@ -85,6 +85,7 @@ def search_space(overrides: Sequence[Override]) -> tuple[dict[str, "BaseDistribu
     Raises:
         UserError: there is nothing to choose, or an override is invalid.
     """
+    # Each key is in one of the two: a later override takes it out of where the earlier one put it.
     space: dict[str, BaseDistribution] = {}
     fixed: dict[str, str] = {}
     for override in overrides:
@@ -115,6 +116,7 @@ def _distribution(override: Override) -> "BaseDistribution":
     if unread := tags - ({"log"} if override.is_interval_sweep() else set()):
         raise UserError(f"{override.input_line}: the tag {', '.join(unread)} means nothing, give tag(log, interval())")
     try:
+        # interval() is continuous unless both ends are whole numbers.
         if override.is_interval_sweep():
             whole = isinstance(value.start, int) and isinstance(value.end, int)
             return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log="log" in tags)
@@ -126,6 +128,7 @@ def _distribution(override: Override) -> "BaseDistribution":
             whole = isinstance(values[0], int)
             kind = IntDistribution if whole else FloatDistribution
             return kind(min(values), max(values), step=abs(value.step))
+        # choice() and a plain list: no order between the values.
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     except ValueError as error:
         raise UserError(f"{override.input_line}: {error}") from error

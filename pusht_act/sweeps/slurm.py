@@ -1,10 +1,16 @@
-"""A sweep's jobs on SLURM: show the script they would be submitted by, wait for them, explain what SLURM refuses.
+"""A sweep's jobs on SLURM: show their script, wait for them, requeue one of them, explain what SLURM refuses.
 
 Hydra's submitit launcher submits the job array. Its options are in conf/cluster/slurm.yaml, and its size is set in
 submitit_internals.py.
 """
 
+import logging
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.runtime.errors import UserError
 from pusht_act.sweeps.submitit_internals import make_sbatch_script
+
+log = logging.getLogger(__name__)
 
 LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 
@@ -47,6 +55,41 @@ def wait_for_array(hydra_node: DictConfig) -> None:
         for path in folder.parent.glob(f"{submitted}*"):
             if re.fullmatch(rf"{submitted}_\d+", path.name):
                 SlurmJob(folder, path.name).wait()
+
+
+def requeue(number: int, tries: int = 5, wait_s: float = 2) -> None:
+    """Let the launcher's own handler act on a signal; in a job of SLURM's, submitit's requeues the job and exits.
+
+    Args:
+        number: The signal, which this process has acted upon so far as it must.
+        tries: How often SLURM is asked.
+        wait_s: Seconds in between.
+
+    Raises:
+        SystemExit: the job is queued again, or is about to be.
+        subprocess.CalledProcessError: SLURM refused it each time.
+    """
+    for remaining in reversed(range(tries)):
+        try:
+            signal.raise_signal(number)
+            return
+        except subprocess.CalledProcessError:
+            # SLURM does not requeue a job that it has just begun to requeue, as when a preemption comes on top of the
+            # time limit. An error would be recorded as the job's result, so that it would be over for the launcher.
+            if _is_ending():
+                log.info("SLURM already requeues this job")
+                sys.exit(128 + number)
+            # Otherwise its controller may be busy: without an answer the job would be lost, so it is asked again.
+            if not remaining:
+                raise
+            time.sleep(wait_s)
+
+
+def _is_ending() -> bool:
+    """Return whether SLURM counts this process's job as anything but running."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return asked.returncode == 0 and asked.stdout.split() != ["RUNNING"]
 
 
 def explain_submit_error(error: RuntimeError) -> str:

@@ -32,8 +32,10 @@ def resolve_automatic(config: Config, start: Checkpoint | None) -> Config:
         needed = start is None and has_backbone
         backbone = policy.get("vision_backbone", "resnet18")
         policy["pretrained_backbone_weights"] = available_weights(backbone) if needed else None
+    # bf16 is several times slower than fp32 where the processor emulates it.
     if train.precision == AUTO:
         train = replace(train, precision="bf16" if _has_bf16(policy.get("device", AUTO)) else "fp32")
+    # Frozen norms normalize nothing unless their statistics came with the weights.
     if train.backbone_norm is None:
         from_scratch = has_backbone and policy.get("pretrained_backbone_weights", AUTO) is None
         norm = _norm_of(start) if start is not None else "batch" if from_scratch else "frozen"

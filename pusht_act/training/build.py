@@ -84,6 +84,7 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
     else:
         state = restore_state(config, lerobot, start, components, sampler)
 
+    # The caller's loss and transforms are tried on a batch before anything is written.
     loader = BatchLoader(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
     if extensions.metadata():
         rows = torch.arange(config.batch_size // world_size()) % len(sampler)

@@ -117,6 +117,7 @@ def rollback_target(
     checkpoint = latest_valid(run, error.step)[0] or start
     remedy = "lower policy.optimizer_lr, or see whether the data set has values that are not numbers"
     remedy += f", and whether {given} gives some" if given else ""
+    # Nothing to go back to, or it has not helped.
     if checkpoint is None:
         message = f"{error}, and there is no checkpoint to go back to: {remedy}"
         raise DivergedError(message, error.step) from error
@@ -143,6 +144,7 @@ def check_compatible(model_dir: Path, policy: ACTConfig, repo_id: str, features:
         saved = json.loads((model_dir / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{model_dir / 'config.json'} is damaged ({error}): give another checkpoint") from error
+    # The shapes and kinds of what is observed, by name.
     has = {key: [feature.type.name, list(feature.shape)] for key, feature in features.items()}
     saved_features = (saved.get("input_features") or {}) | (saved.get("output_features") or {})
     if {key: [feature["type"], feature["shape"]] for key, feature in saved_features.items()} != has:
@@ -150,6 +152,7 @@ def check_compatible(model_dir: Path, policy: ACTConfig, repo_id: str, features:
             f"dataset {repo_id} has {', '.join(has)}, the checkpoint's policy was made for "
             f"{', '.join(saved_features)}: give a data set that fits it"
         )
+    # The normalization is part of the saved processors.
     mapping = {key: mode.name for key, mode in policy.normalization_mapping.items()}
     if mapping != saved.get("normalization_mapping", mapping):
         given, its = (json.dumps(each).replace('"', "") for each in (mapping, saved["normalization_mapping"]))

@@ -325,6 +325,7 @@ class Trainer:
     @contextmanager
     def _open_managers(self) -> Iterator[None]:
         """Open what works beside the loop until the next roll-back; close it in reverse, saves before evaluations."""
+        # What a roll-back starts anew.
         if self.loggers is not None:
             self.state.wandb_run_id = self.loggers.wandb_run_id
         self.metrics, self.means, self._pruned = MetricAccumulator(self.state.window), {}, False
@@ -332,6 +333,7 @@ class Trainer:
         device = str(self.lerobot.policy.device)
         with ExitStack() as stack:
             enter = stack.enter_context
+            # What has to be closed. The evaluator is opened before the checkpoints, which are then finished first.
             self.progress = enter(ProgressBar(self.config, self.state.step))
             self.profiler: StepProfiler | NullProfiler = enter(profiling(self.config.train.profile, self.run, device))
             self.evaluator: AsyncEvaluator = enter(
@@ -342,6 +344,7 @@ class Trainer:
             )
             self.inputs = enter(closing(self.loader.iter_batches(self.sampler, self.config.batch_size)))
             enter(signals.defer())
+            # What a step needs. It may hold on to the parameters, as a CUDA graph does.
             self.guard = NanGuard(self.config.train, self.components, self.state, self.options.loss)
             self.train_step = TrainStep(
                 self.components,

@@ -56,6 +56,10 @@ REFUSED = [
     ("polic=act", "polic", "did you mean policy?"),
     ("+policy=act_small", "+policy", "leave the + out"),
     ("policy=3", "policy=3 does not exist", "there is act, act_"),
+    *((choice, choice, "give policy= one of act, act_s") for choice in ("policy=[3]", "policy={a:1}", "policy=[act]")),
+    *((choice, choice, "leave it out") for choice in ("~dataset", "~policy", "~policy=act")),
+    ("experiment=[3]", "experiment=[3]", "keypoints_best"),
+    ("dataset=[]", "dataset=[]", "pusht_keypoints"),
     ("hydra/launcher=slurm", "hydra/launcher=slurm", "submitit_slurm"),
     # values of another type
     ("steps=abc", "steps=abc", "give a whole number"),

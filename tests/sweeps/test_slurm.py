@@ -92,9 +92,9 @@ def same_as_undisturbed(commands: Commands, sweep: Path, number: int, seed: int,
 def test_an_array_survives_what_befalls_its_jobs(
     slurm: Slurm, begin: Callable[..., subprocess.Popen[str]], commands: Commands, tmp_path: Path
 ) -> None:
-    """USR2 as near the time limit, scontrol requeue, kill -9, scancel."""
+    """USR2 as near the time limit, scontrol requeue, kill -9, scancel, and USR2 on top of a requeue."""
     sweep, printed = tmp_path / "sweep", tmp_path / "printed"
-    launcher = begin("-m", *RUN, "seed=1,2,3,4", "cluster=slurm", *ASKED_FOR, f"hydra.sweep.dir={sweep}")
+    launcher = begin("-m", *RUN, "seed=1,2,3,4,5", "cluster=slurm", *ASKED_FOR, f"hydra.sweep.dir={sweep}")
     befalls: dict[int, Callable[[str], object]] = {
         # As slurmstepd does. `scancel --signal` to one job of an array sends it, is told to try again, and does so for
         # half a minute: the next try of the job gets it, too, before it can handle it (SLURM 22.05).
@@ -102,6 +102,8 @@ def test_an_array_survives_what_befalls_its_jobs(
         1: lambda job: slurm.run("scontrol", "requeue", job),
         2: lambda _: os.kill(process_of(sweep, 2), signal.SIGKILL),
         3: lambda job: slurm.run("scancel", job),
+        # SLURM refuses what submitit asks for at the signal: the job is being requeued already.
+        4: lambda job: (slurm.run("scontrol", "requeue", job), os.kill(process_of(sweep, 4), signal.SIGUSR2)),
     }
     while befalls:
         number = next((each for each in befalls if has_saved(sweep, each)), None)
@@ -113,17 +115,18 @@ def test_an_array_survives_what_befalls_its_jobs(
     assert launcher.wait(900) == 1, printed.read_text()
     assert states(printed.read_text()) == [
         ["0", "done", "2"], ["1", "done", "2"], ["2", "interrupted", "1"], ["3", "interrupted", "1"],
+        ["4", "done", "2"],
     ]  # fmt: skip
-    assert printed.read_text().splitlines()[-1] == "pusht-act: 2 of 4 jobs are not done"
+    assert printed.read_text().splitlines()[-1] == "pusht-act: 2 of 5 jobs are not done"
     assert f"to resume: pusht-act -m sweep.resume={sweep}" in printed.read_text()
-    assert "#SBATCH --array=0-3%4" in next((sweep / ".submitit").rglob("*_submission.sh")).read_text()
+    assert "#SBATCH --array=0-4%5" in next((sweep / ".submitit").rglob("*_submission.sh")).read_text()
 
     assert begin("-m", f"sweep.resume={sweep}").wait(900) == 0, printed.read_text()
     assert states(printed.read_text()) == [
-        ["0", "done", "2"], ["1", "done", "2"], ["2", "done", "2"], ["3", "done", "2"],
+        ["0", "done", "2"], ["1", "done", "2"], ["2", "done", "2"], ["3", "done", "2"], ["4", "done", "2"],
     ]  # fmt: skip
-    assert [ran(sweep / str(number)) for number in range(4)] == [2, 2, 2, 2]
-    for number in range(4):
+    assert [ran(sweep / str(number)) for number in range(5)] == [2, 2, 2, 2, 2]
+    for number in range(5):
         same_as_undisturbed(commands, sweep, number, number + 1, tmp_path)
 
 
