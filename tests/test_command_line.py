@@ -24,6 +24,7 @@ from pusht_act.config.validation import to_config
 from pusht_act.job import Result
 from pusht_act.main import CONFIG_DIR, _execute, main
 from tests.helpers.runs import TINY, tiny_command
+from tests.helpers.sampling import some_not_slow
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:\s*'hydra/launcher")  # as config.register does; pytest undoes that
 SECONDS_TO_ANSWER = 1.5
@@ -77,7 +78,7 @@ def test_answers_at_once(arguments: list[str], tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+@pytest.mark.parametrize("arguments", some_not_slow(QUICK, every=3), ids=" ".join)
 def test_answers_without_torch_and_lerobot(arguments: list[str], tmp_path: Path) -> None:
     done = command(*arguments, cwd=tmp_path, flags=("-X", "importtime"))
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
@@ -145,6 +146,7 @@ pusht_act.main.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["-m", "seed=1"]])
 @pytest.mark.parametrize("given", ["1", "0", None])
 def test_a_child_is_asked_for_tracebacks_by_the_user_only(

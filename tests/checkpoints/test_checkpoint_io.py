@@ -103,6 +103,7 @@ def test_another_architecture_is_refused(run: Path) -> None:
         pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4", "policy.dim_model=64"])
 
 
+@pytest.mark.slow
 def test_the_environments_observations_must_be_the_datas(run: Path) -> None:
     with pytest.raises(ValueError, match="the checkpoint's policy was made for"):
         pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4", "env.obs_type=pixels_agent_pos"])
@@ -114,6 +115,7 @@ def test_a_data_set_must_have_what_the_environment_shows(keypoints_dataset: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_crash_while_saving_leaves_the_last_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is cut short lies under a hidden name and is replaced by the next save."""
     for doomed in ("save_optimizer_state", "fsync", "replace_dir"):

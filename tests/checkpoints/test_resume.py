@@ -41,6 +41,7 @@ def again(run: Path, *overrides: str) -> Result:
     return pusht_act.run(tiny_command("save_freq=2", "resume.auto=true", f"output_dir={run}", *overrides))
 
 
+@pytest.mark.slow
 def test_it_begins_where_there_is_nothing(tmp_path: Path) -> None:
     for name, left in (("absent", []), ("empty", []), ("killed", ["lock", ".config.yaml.part"])):
         run = tmp_path / name
@@ -223,6 +224,7 @@ def test_where_it_means_nothing_it_is_refused(given: str, mode: str, in_tmp: Pat
     assert list(in_tmp.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_cut_short_at_the_last_step_is_all_that_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

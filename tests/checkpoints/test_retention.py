@@ -111,6 +111,7 @@ def test_a_link_always_points_somewhere(tmp_path: Path) -> None:
         assert (run.checkpoints / "last").resolve().name == name
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_it_is_told_to(tiny: Tiny) -> None:
     run = RunDir(tiny("steps=7", "save_freq=1", "checkpoints.keep_last=2", "checkpoints.keep_every=3").output_dir)
     assert steps_of(run) == [3, 6, 7]
@@ -121,6 +122,7 @@ def test_a_run_keeps_what_it_is_told_to(tiny: Tiny) -> None:
     assert steps_of(run) == [3, 6, 9, 10]
 
 
+@pytest.mark.slow
 def test_the_best_stays_also_where_no_save_was_due(tiny: Tiny) -> None:
     options = ("eval_freq=1", "save_freq=2", "env.episode_length=40", "policy.optimizer_lr=1e-2")
     run = RunDir(tiny("steps=8", *options, "checkpoints.keep_last=1").output_dir)

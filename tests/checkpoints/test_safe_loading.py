@@ -22,6 +22,7 @@ from pusht_act.main import CONFIG_DIR, USER_ERRORS
 from tests.helpers.command_line import command
 from tests.helpers.dataset_config import config as dataset_config
 from tests.helpers.runs import TINY, tiny_command
+from tests.helpers.sampling import some_not_slow
 
 PACKAGE = Path(pusht_act.__file__).parent
 RUN_IT = {"_target_": "os.system", "command": "touch pwned"}
@@ -152,7 +153,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("kind", some_not_slow([*HOSTILE], every=5))
 def test_a_hostile_model_is_refused_in_one_line(kind: str, hostile: Path) -> None:
     apply, fragments = HOSTILE[kind]
     apply(hostile / "pretrained_model")

@@ -46,6 +46,7 @@ def test_nothing_else_is_changed(given: str, caplog: pytest.LogCaptureFixture) -
     assert caplog.records == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "+"])
 def test_the_command_takes_it(prefix: str, in_tmp: Path) -> None:
     done = command(f"{prefix}demos.starts=nowhere.csv", "mode=demos", cwd=in_tmp)

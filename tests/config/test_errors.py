@@ -12,6 +12,7 @@ from pusht_act.main import CONFIG_DIR, USER_ERRORS, main
 from tests.config.refused import REFUSED
 from tests.helpers.command_line import command
 from tests.helpers.runs import TINY, tiny_command
+from tests.helpers.sampling import some_not_slow
 
 
 def line(*overrides: str) -> str:
@@ -29,7 +30,8 @@ def check(printed: str, fragments: tuple[str, ...], folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("overrides", "fragments"),
-    [pytest.param(row[0], row[1:], id=row[0].removeprefix(" ".join(TINY)).strip()) for row in REFUSED],
+    some_not_slow([(row[0], row[1:]) for row in REFUSED], every=6),
+    ids=[row[0].removeprefix(" ".join(TINY)).strip() for row in REFUSED],
 )
 def test_bad_input_is_refused_in_one_line(
     overrides: str,
@@ -148,6 +150,7 @@ def test_the_traceback_is_shown_on_request(overrides: list[str], in_tmp: Path) -
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_bad_job_of_a_sweep_ends_in_one_line(in_tmp: Path) -> None:
     done = command("-m", "steps=0,0", cwd=in_tmp)
     assert done.returncode == 1

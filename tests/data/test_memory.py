@@ -35,6 +35,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_rendering_takes_no_more_memory_for_more_demonstrations() -> None:
     used = {}
     for count in (4, 30):  # each with two workers
@@ -86,6 +87,7 @@ def write_pictures(root: Path, frames: int) -> None:
     (root / "meta" / "stats.json").write_text("{}")
 
 
+@pytest.mark.slow
 def test_pictures_in_parquet_files_are_decoded_some_at_a_time(tmp_path: Path) -> None:
     used = {}
     for frames in (600, 8000):

@@ -89,6 +89,7 @@ def test_build_builtin_writes_file_and_hash(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_array_equal(one.action, other.action)
 
 
+@pytest.mark.slow
 def test_actions_that_miss_do_not_count() -> None:
     made = demonstrate(1_000_000)
     assert build_builtin.succeeds(made)

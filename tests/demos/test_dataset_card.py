@@ -15,6 +15,7 @@ def test_pushing_needs_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_finished_data_set_is_pushed_with_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 

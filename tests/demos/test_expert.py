@@ -116,6 +116,7 @@ def test_labels_answer_to_where_the_noise_led() -> None:
     assert not np.array_equal(quiet.action[1:30], noisy.action[1:30])
 
 
+@pytest.mark.slow
 def test_workers_change_neither_order_nor_results() -> None:
     starts: list[Start] = [SEED, (60.0, 400.0, 200.0, 220.0, 2.0), 400_001]
     calls: list[tuple[int, int]] = []

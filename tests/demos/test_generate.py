@@ -176,6 +176,7 @@ def column_of(root: Path, episode: int) -> np.ndarray:
     return np.stack(table.filter(np.equal(table["episode_index"].to_numpy(), episode))["action"].to_pylist())
 
 
+@pytest.mark.slow
 def test_a_policy_trains_on_it(keypoints: Result, tiny: Callable[..., Result]) -> None:
     result = tiny("dataset=pusht_keypoints", f"dataset.root={keypoints.output_dir}", "steps=2")
     assert result.step == 2
@@ -227,6 +228,7 @@ def test_every_option_changes_the_demonstrations(override: str, keypoints: Resul
     assert other["seed"][0] == START + (override == "start_seed=2000001")
 
 
+@pytest.mark.slow
 def test_a_job_that_was_stopped_goes_on(
     planned: list[int], keypoints: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +289,7 @@ def running(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_start_that_is_not_solved_is_left_out_and_named(
     keypoints: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -344,6 +347,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_data_set_in_place_is_never_written_to(keypoints: Result, tmp_path: Path, planned: list[int]) -> None:
     root = make(tmp_path / "here", count=1).output_dir
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}

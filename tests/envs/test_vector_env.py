@@ -27,6 +27,7 @@ from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.signals import STOPPING
 from tests.helpers.policies import policy_for
 from tests.helpers.processes import gone
+from tests.helpers.sampling import some_not_slow
 
 Tiny = Callable[..., Result]
 KINDS = ["pixels_agent_pos", "environment_state_agent_pos"]
@@ -61,7 +62,7 @@ def assert_same_bits(a: Rollout, b: Rollout) -> None:
         np.testing.assert_array_equal(each, other, strict=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_not_slow(KINDS[::-1], every=2))
 def test_the_number_of_workers_changes_no_bit(
     kind: str, two: SubprocVectorEnv, three: SubprocVectorEnv, tmp_path: Path
 ) -> None:
@@ -172,6 +173,7 @@ def test_signals_are_not_for_workers_and_one_that_is_killed_is_an_error_of_one_l
     assert all(gone(process.pid) for process in workers._processes)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed() -> None:
     code = (
         "from pusht_act.envs.vector_env import SubprocVectorEnv; import time; workers = SubprocVectorEnv(2);"

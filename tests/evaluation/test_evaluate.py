@@ -32,6 +32,7 @@ from tests.helpers.policies import policy_for
 Tiny = Callable[..., Result]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("obs_type", ["pixels_agent_pos", "environment_state_agent_pos"])
 @pytest.mark.parametrize("options", [{}, {"n_action_steps": 1, "temporal_ensemble_coeff": 0.01}])
 def test_rollouts_are_stock_lerobots(obs_type: str, options: dict[str, Any]) -> None:
@@ -137,6 +138,7 @@ def test_what_an_evaluation_writes(tiny: Tiny) -> None:
     assert strip.width > 4 * strip.height
 
 
+@pytest.mark.slow
 def test_overrides_of_an_evaluation(tiny: Tiny, tmp_path: Path) -> None:
     run = tiny("steps=1", "env.episode_length=40").output_dir
     base = ["mode=eval", f"checkpoint={run}", "eval.n_episodes=2", "eval.batch_size=2", "eval.n_videos=1"]

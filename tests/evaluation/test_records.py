@@ -41,6 +41,7 @@ def refuse(*_: Any, **__: Any) -> None:
     raise AssertionError("a batch is run again")
 
 
+@pytest.mark.slow
 def test_another_option_is_another_record(run: Path) -> None:
     one = evaluated(run)
     before = {path: path.read_bytes() for path in one.output_dir.iterdir()}

@@ -79,6 +79,7 @@ def losses(run: Path) -> list[float]:
     return [line["train/loss"] for line in lines(run / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_when_a_run_has_it(tiny: Tiny, tmp_path: Path) -> None:
     """Where it is asked for, and where bf16 draws other numbers than stock's anyway."""
     ways = {

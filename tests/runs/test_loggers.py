@@ -202,6 +202,7 @@ def test_a_result_that_comes_late_is_drawn_at_its_own_step(tmp_path: Path, nobod
     assert axes.items() >= {("train/*", "step"), ("eval/*", "step"), ("rollback/*", "step")}
 
 
+@pytest.mark.slow
 def test_a_resume_without_wandb_keeps_the_run_for_a_later_one(tmp_path: Path, nobody: None) -> None:
     run = tmp_path / "run"
     pusht_act.run([*TINY, f"output_dir={run}", "wandb.enable=true"])

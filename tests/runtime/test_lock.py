@@ -130,6 +130,7 @@ def _contend(folder: Path, barrier: object, results: object, answered: object) -
         results.put(None)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [None, GONE, "chain"])
 def test_of_many_at_once_one_gets_it(left: LockOwner | str | None, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")

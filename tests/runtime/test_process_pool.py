@@ -76,6 +76,7 @@ pusht_act.run(["mode=demos", "output_dir=demos", "demos.n_episodes=2", "demos.wo
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "collect.py"
     script.write_text(UNGUARDED)

@@ -161,6 +161,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(seconds: float, tmp_path:
         assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
+@pytest.mark.slow
 def test_without_checkpoints_it_says_so(tmp_path: Path, job: Callable[..., Job]) -> None:
     command = tiny_command("steps=100000", "save_checkpoint=false", f"output_dir={tmp_path / 'run'}")
     code, printed = job(*command).stopped(signal.SIGUSR1, "step 2/")

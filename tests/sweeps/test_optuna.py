@@ -25,6 +25,7 @@ from pusht_act.sweeps.state import Job, load_jobs, read_direction
 from pusht_act.sweeps.table import format_best
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import tiny_command
+from tests.helpers.sampling import some_not_slow
 from tests.helpers.sweeps import ran, states
 
 BY_LENGTH = (
@@ -134,7 +135,7 @@ def test_a_trial_that_fails_is_tried_again_and_the_others_go_on(commands: Comman
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
-    [
+    some_not_slow([
         (["seed=1"], "hydra/sweeper=optuna has nothing to choose: give a key several values, such as"),
         (["seed=1,2", "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 is too small: give 1 or more"),
         (["seed=1,2", "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0 is too small: give 1 or more"),
@@ -144,7 +145,7 @@ def test_a_trial_that_fails_is_tried_again_and_the_others_go_on(commands: Comman
         (["seed=1,2", "hydra.sweeper.trials=3"], "hydra.sweeper.trials is unknown: hydra/sweeper=optuna has options"),
         (["seed=1,2", "print_lerobot_command=true"], "job 0 was not evaluated, so it has no pc_success to compare"),
         (["policy.nope=interval(1,2)"], "policy.nope is not in conf/"),
-    ],
+    ], every=8),
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_bad_input_is_refused_in_one_line(overrides: list[str], said: str, commands: Commands, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ class Terminal:
         os.close(self._ours)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_it_is_drawn_again_until_all_have_ended(sweep: Path) -> None:
     for number in range(6):
         begin(sweep, number, "done" if number < 4 else "running", step=7)
@@ -227,6 +228,7 @@ def test_ctrl_c_leaves_it(sweep: Path) -> None:
         assert terminal.process.wait(60) == 130
 
 
+@pytest.mark.slow
 def test_elsewhere_and_with_every_0_it_is_drawn_once(sweep: Path, in_tmp: Path) -> None:
     begin(sweep, 0)
     piped = subprocess.run(

@@ -88,6 +88,7 @@ def test_another_sweep_is_refused_with_what_differs(argv: list[str], said: str, 
     assert said.replace("DIR", str(begun)) in str(caught.value)
 
 
+@pytest.mark.slow
 def test_options_that_its_mode_refuses_by_now_are_left_out(tiny: Tiny, tmp_path: Path, commands: Commands) -> None:
     run = tiny("steps=1").output_dir
     typed = ["mode=eval", f"checkpoint={run}", "dataset=demos", "seed=3", "policy.optimizer_lr=0.1", "eval.n_videos=0"]

@@ -201,6 +201,7 @@ def test_what_is_no_function_is_refused(given: dict[str, Any], said: str, tmp_pa
     assert said in refusal(tmp_path, **given)
 
 
+@pytest.mark.slow
 def test_the_check_takes_no_random_number_from_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither in a new run nor in a resumed one."""
 

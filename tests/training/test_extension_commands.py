@@ -42,6 +42,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Callable[[str], str]:
     return line
 
 
+@pytest.mark.slow
 def test_the_commands_to_try_next_are_lines_of_python_that_work(said: Callable[[str], str], in_tmp: Path) -> None:
     functions: dict[str, Any] = {"loss": functools.partial(huber, delta=0.5), "transforms": [noisy, noisy]}
     names = {"functools": functools, "pusht_act": pusht_act, HERE.partition(".")[0]: __import__(HERE)}

@@ -152,6 +152,7 @@ def test_a_broken_frame_is_skipped_and_counted_and_a_resume_is_exact(broken: Any
         assert state(run)["rollbacks"] == 0
 
 
+@pytest.mark.slow
 def test_after_too_many_the_run_goes_back_and_on_in_another_order(broken: Any, caplog: Any) -> None:
     (at,) = skipped_steps(broken("every", "steps=18"))
     whole = broken("whole", f"steps={at + 3}", "save_freq=1", "train.max_nonfinite=0")

@@ -145,6 +145,7 @@ def test_a_captured_function_takes_what_it_is_given_and_leaves_it(keypoints: Fra
     assert recorder.recorded == 1
 
 
+@pytest.mark.slow
 def test_emulated_bf16_is_warned_of(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     for given, expected in (([], False), (["train.precision=bf16"], emulated), (["+policy.use_amp=true"], emulated)):
@@ -163,6 +164,7 @@ def test_bf16_is_near_fp32_and_is_what_use_amp_asks_for(keypoints: FrameDataset)
     assert bf16 == pytest.approx(fp32, rel=0.1)
 
 
+@pytest.mark.slow
 def test_precision_of_a_run_is_trainings_alone(tiny: Tiny, tmp_path: Path) -> None:
     """Evaluations go by policy.use_amp, so that mode=eval repeats them; a resumed run goes on in its precision."""
     losses = {}
@@ -182,6 +184,7 @@ def test_precision_of_a_run_is_trainings_alone(tiny: Tiny, tmp_path: Path) -> No
     assert_same_bits(tmp_path / "bf16", branch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -199,6 +202,7 @@ def test_a_precision_that_cannot_be_is_refused(tiny: Tiny, given: list[str], mes
         tiny(*given)
 
 
+@pytest.mark.slow
 def test_one_size_is_compiled_once_and_no_name_changes(
     keypoints: FrameDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

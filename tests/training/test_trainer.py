@@ -26,6 +26,7 @@ from pusht_act.policy.act import act_loss, make_policy, make_processors
 from pusht_act.policy.optim import make_optimizer
 from pusht_act.training.train_step import StepOptions, train_step
 from tests.helpers.dataset_config import config as dataset_config
+from tests.helpers.sampling import some_not_slow
 from tests.helpers.training import NORMALIZED, act, assert_same_bits, metrics
 
 Tiny = Callable[..., Result]
@@ -48,7 +49,7 @@ def test_loss_is_lerobots(kind: str, use_vae: bool, request: pytest.FixtureReque
         assert {key: value.item() for key, value in parts.items()} == stock_parts
 
 
-@pytest.mark.parametrize("kind", ["image_dataset", "keypoints_dataset"])
+@pytest.mark.parametrize("kind", some_not_slow(["keypoints_dataset", "image_dataset"], every=2))
 def test_first_twenty_losses_and_gradient_norms_are_lerobots(kind: str, request: pytest.FixtureRequest) -> None:
     """Parity of the step: the same weights, batches and noise through LeRobot's `update_policy` and ours, in fp32."""
     frames = open_lerobot_dataset(dataset_config(request.getfixturevalue(kind)))
@@ -102,7 +103,7 @@ def test_the_fused_update_is_that_of_lerobots_adamw(keypoints_dataset: Path) -> 
 
 
 @pytest.mark.parametrize("scheduler", [False, True])
-@pytest.mark.parametrize("at", [3, 20])
+@pytest.mark.parametrize("at", some_not_slow([3, 20], every=2))
 def test_n_steps_resume_n_more_equals_2n_bit_for_bit(tiny: Tiny, tmp_path: Path, scheduler: bool, at: int) -> None:
     """On the CPU; step 20 is in a later epoch, step 3 within a logging window of 7."""
     cosine = "+scheduler={type: cosine_annealing_with_warmup, num_warmup_steps: 2}"
@@ -120,6 +121,7 @@ def test_n_steps_resume_n_more_equals_2n_bit_for_bit(tiny: Tiny, tmp_path: Path,
     assert metrics(whole) == metrics(parts)
 
 
+@pytest.mark.slow
 def test_learning_rates_given_on_resume_take_effect(tiny: Tiny, tmp_path: Path) -> None:
     run = tiny("steps=2").output_dir
     pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4"])
@@ -174,6 +176,7 @@ def test_frequencies(tiny: Tiny, tmp_path: Path) -> None:
     assert not (off / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_best_is_the_best_evaluation_and_the_disk_does_not_fill_with_former_ones(tiny: Tiny) -> None:
     run = tiny("steps=12", "eval_freq=1", "save_freq=0", "env.episode_length=40", "policy.optimizer_lr=1e-2").output_dir
     scores = {line["step"]: (line["eval/pc_success"], line["eval/avg_max_reward"]) for line in metrics(run, "eval/")}
