@@ -95,6 +95,12 @@ def test_an_array_survives_what_befalls_its_jobs(
     """USR2 as near the time limit, scontrol requeue, kill -9, scancel, and USR2 on top of a requeue."""
     sweep, printed = tmp_path / "sweep", tmp_path / "printed"
     launcher = begin("-m", *RUN, "seed=1,2,3,4,5", "cluster=slurm", *ASKED_FOR, f"hydra.sweep.dir={sweep}")
+
+    def requeue_and_signal(job: str) -> None:
+        # SLURM refuses what submitit asks for at the signal: the job is being requeued already.
+        slurm.run("scontrol", "requeue", job)
+        os.kill(process_of(sweep, 4), signal.SIGUSR2)
+
     befalls: dict[int, Callable[[str], object]] = {
         # As slurmstepd does. `scancel --signal` to one job of an array sends it, is told to try again, and does so for
         # half a minute: the next try of the job gets it, too, before it can handle it (SLURM 22.05).
@@ -102,8 +108,7 @@ def test_an_array_survives_what_befalls_its_jobs(
         1: lambda job: slurm.run("scontrol", "requeue", job),
         2: lambda _: os.kill(process_of(sweep, 2), signal.SIGKILL),
         3: lambda job: slurm.run("scancel", job),
-        # SLURM refuses what submitit asks for at the signal: the job is being requeued already.
-        4: lambda job: (slurm.run("scontrol", "requeue", job), os.kill(process_of(sweep, 4), signal.SIGUSR2)),
+        4: requeue_and_signal,
     }
     while befalls:
         number = next((each for each in befalls if has_saved(sweep, each)), None)
