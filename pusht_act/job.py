@@ -153,12 +153,14 @@ def _train(job: ResolvedJob) -> Result:
     if branches_off and (moved := move_aside(run.path)):
         assert job.lock is not None
         job.lock.relock(moved)
-    training = _fit(trainer, job)
-    # A run that the pruner ended is not what anybody wants on the Hub.
-    evaluation = training.evaluation
-    if training.checkpoint is not None and not training.pruned:
-        _push(job, training.checkpoint, evaluation.metrics if evaluation else {})
-    _print_next_steps(job, evaluation.film_strip if evaluation else None)
+    write_provenance(run, to_dict(job.config), job.overrides, job.extensions.metadata())
+    with log_file(run):
+        training = _fit(trainer, job)
+        evaluation = training.evaluation
+        # A run that the pruner ended is not what anybody wants on the Hub.
+        if training.checkpoint is not None and not training.pruned:
+            _push(job, training.checkpoint, evaluation.metrics if evaluation else {})
+        _print_next_steps(job, evaluation.film_strip if evaluation else None)
     return Result(
         output_dir=run.path,
         step=training.step,
@@ -172,21 +174,18 @@ def _train(job: ResolvedJob) -> Result:
 
 def _fit(trainer: "Trainer", job: ResolvedJob) -> "TrainResult":
     """Train in the run directory, and log how to continue if something ends that early."""
-    config, run = to_dict(job.config), job.run
-    write_provenance(run, config, job.overrides, job.extensions.metadata())
-    with log_file(run):
-        if job.start is not None:
-            log.info("resuming from %s", job.start.directory)
-        try:
-            return trainer.fit(run, {"config": config, "choices": job.choices}, job.report)
-        except StopSignal as stopped:
-            _print_how_to_resume(stopped, job)
-            raise
-        except PeerLostError as lost:
-            # Said here, so that train.log has it, too.
-            lost.remedy, lost.reported = describe_restart(job.config, run), True
-            log.error("%s", lost)
-            raise
+    if job.start is not None:
+        log.info("resuming from %s", job.start.directory)
+    try:
+        return trainer.fit(job.run, {"config": to_dict(job.config), "choices": job.choices}, job.report)
+    except StopSignal as stopped:
+        _print_how_to_resume(stopped, job)
+        raise
+    except PeerLostError as lost:
+        # Said here, so that train.log has it, too.
+        lost.remedy, lost.reported = describe_restart(job.config, job.run), True
+        log.error("%s", lost)
+        raise
 
 
 def _finished_result(job: ResolvedJob, checkpoint: Checkpoint) -> Result:

@@ -189,7 +189,8 @@ def main() -> None:
     except (StopSignal, PeerLostError) as stopped:
         _report(stopped)
         _leave(stopped.code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"pusht-act: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         _leave(128 + signal.SIGINT)
     except USER_ERRORS as error:
         if _wants_traceback():

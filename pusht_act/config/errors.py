@@ -85,7 +85,7 @@ TYPE_WANTED = {
 """The remedy, by a part of OmegaConf's objection to a value."""
 
 
-def explain(error: Exception, config_dir: str) -> str:
+def explain(error: BaseException, config_dir: str) -> str:
     """Return `error` as one line."""
     # Hydra and OmegaConf raise one class for many causes, so their words have to tell.
     text = str(error)
@@ -133,7 +133,7 @@ def _wrong_value(given: str, key: str, objection: str) -> str:
     return f"{given}: {wanted}"
 
 
-def _explain_choice(error: Exception, config_dir: str) -> str | None:
+def _explain_choice(error: BaseException, config_dir: str) -> str | None:
     """Return what to say of a group's choice that is not there; None for any other error."""
     text = str(error)
     if isinstance(error, MissingConfigException) and (match := re.search(r"Could not find '(.+)/([^/']+)'", text)):

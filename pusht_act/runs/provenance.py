@@ -79,9 +79,9 @@ def log_file(run: RunDir) -> Iterator[None]:
     log.info("run directory: %s", run.path)
     try:
         yield
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         # Whoever catches it shows it on the console, so it is not logged but written to the file alone.
-        known = isinstance(error, UserError | OSError)
+        known = isinstance(error, UserError | OSError | KeyboardInterrupt)
         message = f"pusht-act: {explain(error, CONFIG_DIR)}" if known else "an unexpected error ended the run"
         cause = None if known else (type(error), error, error.__traceback__)
         record = logging.LogRecord(log.name, logging.ERROR, __file__, 0, message, None, cause)

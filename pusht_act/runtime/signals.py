@@ -107,7 +107,7 @@ class SignalHandler:
         # The first signal counts. A second Ctrl-C means that the user does not want to wait for a checkpoint.
         again, self.received = self.received is not None, self.received or number
         if again and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("interrupted by a second Ctrl-C, without a checkpoint of the last step")
         if again:
             return
         # Worker processes that were started by multiprocessing end first, so that none outlives this process.

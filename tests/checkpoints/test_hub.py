@@ -153,6 +153,7 @@ def test_a_failed_upload_names_the_model_that_is_still_there(
     folder = Path(str(error.value).rpartition("hf upload me/act ")[2].rstrip("`"))
     assert (folder / "model.safetensors").is_file()
     assert OmegaConf.load("run/config.yaml").steps == 4
+    assert f"hf upload me/act {folder}" in Path("run/train.log").read_text().splitlines()[-1]
 
 
 def test_a_model_of_the_hub_is_evaluated_by_its_name(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,9 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path: Path, job: Callabl
     code, printed = slow.stopped(signal.SIGINT)
     assert code == 130
     assert "saved" not in printed
+    said = "pusht-act: interrupted by a second Ctrl-C, without a checkpoint of the last step"
+    assert printed.splitlines()[-1] == said
+    assert (tmp_path / "run" / "train.log").read_text().endswith(f"ERROR {said}\n")
     assert slow.seconds < 5
 
 
