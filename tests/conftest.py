@@ -16,8 +16,6 @@ from pusht_act.job import Result
 from tests.helpers.commands import Commands
 from tests.helpers.runs import tiny_command
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: two threads on a busy machine wait for each other
-
 pytest_plugins = ["tests.helpers.wandb_runs", "tests.helpers.wandb_server"]
 
 settings.register_profile("unhurried", settings(), deadline=None)  # on a loaded machine an example takes its time
