@@ -1,5 +1,8 @@
 """Which checkpoints of a run stay, and how the others are removed.
 
+Which one is `best` is decided in training/checkpoint_manager.py, `update_best`: that of the highest success rate, then
+of the highest mean max reward (`Evaluation.score` in evaluation/records.py).
+
 A process killed at any moment leaves complete checkpoints, and these names beside them:
 
 <run>/checkpoints/

@@ -1,4 +1,8 @@
-"""Errors in one line for the user: what, where, the value given and what to do."""
+"""Errors in one line for the user: what, where, the value given and what to do.
+
+A misspelt key is refused by Hydra, which knows the fields that schema.py declares and what is in conf/; with a + before
+it by validation.py, and in LeRobot's sections by lerobot.py. Here it is answered with the key that was meant.
+"""
 
 import difflib
 import re

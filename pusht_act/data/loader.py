@@ -1,5 +1,8 @@
 """Gather batches on the device, without worker processes: all frames are resident, a batch is one indexing operation.
 
+mp4 or PNG, decoded once by lerobot_reader.py, or rendered by builtin_demos.py, and kept by cache.py
+          |
+
 FrameDataset, all N frames, memory-mapped            EpisodeSampler(seed): LeRobot's order of epoch 0, 1, ...
   observation.image   uint8   [N, 3, H, W]                          |
   observation.state   float32 [N, 2]                                | indices [B]

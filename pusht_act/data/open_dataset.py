@@ -1,4 +1,8 @@
-"""Open a job's data set, split its episodes, return its features and statistics."""
+"""Open a job's data set, split its episodes, return its features and statistics.
+
+It is built in (builtin_demos.py) or a LeRobotDataset: `find_dataset` in lerobot.py looks in dataset.root, in LeRobot's
+cache and on the Hub.
+"""
 
 import math
 from typing import Any
@@ -25,7 +29,7 @@ def open_dataset(config: Config, lerobot: LeRobotConfig) -> FrameDataset:
         # Imported late: each of the two brings libraries that the other does not need.
         from pusht_act.data.builtin_demos import open_builtin_demos
 
-        return open_builtin_demos(config.demos.n_episodes, lerobot.env, config.demos.mirror)
+        return open_builtin_demos(config.demos.n_episodes, lerobot.env)
     from pusht_act.data.lerobot_reader import open_lerobot_dataset
 
     frames = open_lerobot_dataset(lerobot.dataset)

@@ -1,4 +1,8 @@
-"""Roll a policy out: one batch of observations, one chunk of actions for each environment, until all episodes end."""
+"""Roll a policy out: one batch of observations, one chunk of actions for each environment, until all episodes end.
+
+Of a chunk the first `policy.n_action_steps` are executed before the policy looks again, or each step's actions are
+averaged over the chunks that hold one (`policy.temporal_ensemble_coeff`).
+"""
 
 import threading
 from collections.abc import Callable, Sequence

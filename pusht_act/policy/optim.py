@@ -1,4 +1,7 @@
-"""AdamW as LeRobot configures it, with PyTorch's fused kernel."""
+"""AdamW as LeRobot configures it, with PyTorch's fused kernel.
+
+The schedule of the rates is LeRobot's, built beside it in training/restore.py, `build_components`.
+"""
 
 from typing import Any
 

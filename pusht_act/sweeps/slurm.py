@@ -1,7 +1,6 @@
 """A sweep's jobs on SLURM: show their script, wait for them, requeue one of them, explain what SLURM refuses.
 
-Hydra's submitit launcher submits the job array. Its options are in conf/cluster/slurm.yaml, and its size is set in
-submitit_internals.py.
+Hydra's submitit launcher submits the job array, of all jobs of the sweep. Its options are in conf/cluster/slurm.yaml.
 """
 
 import logging

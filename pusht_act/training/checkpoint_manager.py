@@ -1,5 +1,7 @@
 """The checkpoints of a training run: written beside it, linked by `last` and `best`, removed when they are not kept.
 
+`best` is that of the evaluation with the highest success rate, then the highest mean max reward (`update_best`).
+
     step S   a copy is taken: weights, optimizer, random streams, TrainerState      -> a thread: files, manifest, `last`
     step T   `best` is linked, and what nothing builds on any more is removed      <- written, or a warning
     step U   the next save waits for it, and so do an evaluation and the end of the run, however it ends
