@@ -56,6 +56,8 @@ def use_batch_statistics(policy: ACTPolicy, fresh: bool) -> None:
         policy: changed in place; one without a backbone stays as it is.
         fresh: whether its weights are random, so that the residual blocks are given their first scale.
     """
+    if policy.config.image_features:
+        policy.model.backbone.register_forward_pre_hook(_use_channels_last)
     for parent in [*policy.modules()]:
         for name, layer in [*parent.named_children()]:
             if type(layer) is FrozenBatchNorm2d:
@@ -65,6 +67,16 @@ def use_batch_statistics(policy: ACTPolicy, fresh: bool) -> None:
         if fresh and isinstance(parent, BasicBlock | Bottleneck):
             last = parent.bn3 if isinstance(parent, Bottleneck) else parent.bn2
             last.weight.fill_(RESIDUAL_SCALE)
+
+
+def _use_channels_last(backbone: nn.Module, images: tuple[Tensor]) -> tuple[Tensor]:
+    """Give the training images the memory format in which convolutions on a CPU are faster; their values stay.
+
+    Only in training, so that an evaluation rounds as stock's does.
+    """
+    if not backbone.training or images[0].device.type != "cpu":
+        return images
+    return (images[0].contiguous(memory_format=torch.channels_last),)
 
 
 def live_norms(policy: nn.Module) -> list[LiveBatchNorm2d]:
