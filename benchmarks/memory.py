@@ -54,6 +54,7 @@ def open_case(case: dict[str, Any]) -> None:
     # Before the clock starts: a job imports them in any case.
     from pusht_act.data.builtin_demos import open_builtin_demos
     from pusht_act.data.lerobot_reader import open_lerobot_dataset
+    from pusht_act.data.mirror import statistics_with_mirror_images
 
     with PeakMemory() as before:
         pass
@@ -63,7 +64,9 @@ def open_case(case: dict[str, Any]) -> None:
             frames = open_lerobot_dataset(DatasetConfig("local/data", root=case["root"], video_backend="pyav"))
         else:
             env = PushtEnv(obs_type="pixels_agent_pos" if case["image"] else "environment_state_agent_pos")
-            frames = open_builtin_demos(case["count"], env, case["mirror"])
+            frames = open_builtin_demos(case["count"], env)
+        if case.get("mirror"):
+            statistics_with_mirror_images(frames)
     found = {
         "seconds": time.monotonic() - start,
         "cpu_seconds": cpu_seconds() - cpu_start,

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
 from pusht_act.checkpoints.resume import (
     describe_restart,
 )
@@ -206,7 +206,7 @@ def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
     # mode=resume leaves W&B off unless it is told otherwise.
     wandb = ["wandb.enable=true"] if config.wandb.enable else []
     again = ["mode=resume", f"output_dir={run.path}", f"steps={config.steps}", *wandb]
-    if is_finished(Checkpoint(stopped.checkpoint / "pretrained_model"), config):
+    if is_finished(Checkpoint(stopped.checkpoint / MODEL_DIR), config):
         log.warning("%s, the last: the run is finished, in %s", stopped, stopped.checkpoint)
     else:
         command = job.extensions.command(overrides if config.resume.auto else again)
@@ -270,7 +270,7 @@ def _evaluate(job: ResolvedJob) -> Result:
     # What is kept beside the result, and what decides whether this is the same evaluation.
     info = {
         "origin": "mode=eval",
-        "checkpoint": str(checkpoint.directory),
+        "checkpoint": str(checkpoint.path),
         "options": [o for o in job.overrides if o.lstrip("+").startswith(("policy.", "env."))],
         "overrides": job.overrides,
         "command": job.extensions.command(job.overrides),
@@ -282,7 +282,7 @@ def _evaluate(job: ResolvedJob) -> Result:
     if evaluation is None:
         evaluation = _run_evaluation(job, checkpoint, record)
     record.append()
-    print(f"{checkpoint.directory}: {evaluation}; {record.directory}")
+    print(f"{checkpoint.path}: {evaluation}; {record.directory}")
     return Result(
         record.directory,
         step,

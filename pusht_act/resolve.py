@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, verify
+from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint, find_checkpoint, verify
 from pusht_act.checkpoints.manifest import EVAL_FILES, sha256
 from pusht_act.checkpoints.merge_config import merge_checkpoint_config
 from pusht_act.checkpoints.resume import auto_resume_checkpoint, checkpoint_to_resume, resolve_run_dir
@@ -82,6 +82,10 @@ def _resolve_evaluation(cfg: DictConfig, overrides: list[str], choices: dict[str
     check_typed_values(cfg, overrides)
     check_target(cfg.mode, cfg.checkpoint, None)
     checkpoint = _resolve_checkpoint(cfg.checkpoint, "checkpoint")
+    # A model folder that is named is evaluated as it is; of a run or a step, what its own evaluations run.
+    if Path(cfg.checkpoint).name != MODEL_DIR:
+        checkpoint = checkpoint.evaluated
+        check_safe_to_load(checkpoint.model_dir)
     config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False))
     run = Path(config.output_dir) if is_output_dir_typed(overrides) else checkpoint.run_dir
     if run is None:
@@ -91,7 +95,7 @@ def _resolve_evaluation(cfg: DictConfig, overrides: list[str], choices: dict[str
 
 def _model_name(named: str, checkpoint: Checkpoint) -> str:
     """Return the name of a model that belongs to no run, with the beginning of its digest: there may be another one."""
-    folder = checkpoint.directory if checkpoint.model_dir.name == "pretrained_model" else checkpoint.model_dir
+    folder = checkpoint.directory if checkpoint.is_of_training else checkpoint.model_dir
     name = folder.name if Path(named).exists() else named.replace("/", "--")
     return f"{name}-{sha256(checkpoint.model_dir / 'model.safetensors')[:8]}"
 

@@ -18,16 +18,19 @@ import yaml
 from tests.fixtures.make import FIXTURES, MODES, NEUTRAL, RUN, files, machine, outcome, without_program
 from tests.helpers.commands import Commands
 
-RENAMED_KEYS: dict[str, str] = {"demos.starts": "demos.initial_states"}
+RENAMED_KEYS: dict[str, str] = {"demos.starts": "demos.initial_states", "demos.mirror": "train.mirror"}
 """Dotted keys of the configuration, or of whole sections of it: then -> now."""
 REMOVED_KEYS: set[str] = {"dagger"}
 """Those of then, by their old names, that there are no more, or whole sections."""
 ADDED_KEYS: set[str] = {
-    *("train.backbone_norm", "train.mirror", "train.random_shift", "train.state_noise", "train.chunk_discount"),
+    *("train.backbone_norm", "train.random_shift", "train.state_noise", "train.chunk_discount"),
+    "ema",
 }
 """Those that there were not, or whole sections."""
 CHANGED_VALUES: dict[tuple[str, Any], Any] = {
     ("policy.pretrained_backbone_weights", "ResNet18_Weights.IMAGENET1K_V1"): "auto",
+    ("demos.mirror", False): 0.0,
+    ("demos.mirror", True): 0.5,
 }
 """(Dotted key, value of then) -> value of now."""
 CHANGED_EXPERIMENTS: dict[str, dict[str, Any]] = {

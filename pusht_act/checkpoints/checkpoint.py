@@ -17,6 +17,10 @@ from pusht_act.runtime.errors import UserError, join_some
 
 log = logging.getLogger(__name__)
 
+MODEL_DIR = "pretrained_model"
+EMA_DIR = "pretrained_model_ema"
+"""In a checkpoint, the folders of the weights and of their average, by LeRobot's names."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -33,6 +37,29 @@ class Checkpoint:
     def training_dir(self) -> Path:
         """The folder of the training state, which may be missing."""
         return self.directory / "training_state"
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether its folder is one of those that training writes, not a model on its own, such as one of the Hub."""
+        return self.model_dir.name in (MODEL_DIR, EMA_DIR)
+
+    @property
+    def path(self) -> Path:
+        """What it is named by: the folder of its step, or that of a model that is not the step's weights themselves."""
+        return self.directory if self.model_dir.name == MODEL_DIR else self.model_dir
+
+    @property
+    def evaluated(self) -> "Checkpoint":
+        """The same step with the weights that its run evaluates: their average, if there is one and it is for that."""
+        average = Checkpoint(self.directory / EMA_DIR)
+        if not (average.model_dir / "config.json").is_file():
+            return self
+        try:
+            ema = json.loads((average.model_dir / METADATA_FILE).read_text())["config"]["ema"]
+            return average if ema["use_for_eval"] else self
+        except (OSError, ValueError, KeyError, TypeError):
+            # Written by a later LeRobot, which has the same folder.
+            return average
 
     @property
     def run_dir(self) -> Path | None:
@@ -88,7 +115,7 @@ def find_checkpoint(path: str, key: str) -> Checkpoint:
     folder = Path(path).expanduser()
     if folder.is_file():
         folder = folder.parent
-    for model in (folder, folder / "pretrained_model", folder / "checkpoints" / "last" / "pretrained_model"):
+    for model in (folder, folder / MODEL_DIR, folder / "checkpoints" / "last" / MODEL_DIR):
         if (model / "config.json").is_file():
             # `last` may move on while this checkpoint is in use, so the link is resolved now.
             return Checkpoint(model.parent.resolve() / model.name)
@@ -111,7 +138,7 @@ def verify(checkpoint: Checkpoint, key: str, files: tuple[str, ...]) -> None:
         UserError: a file is missing or damaged.
     """
     # A model folder alone, such as one from the Hub, has no manifest beside it.
-    if checkpoint.model_dir.name == "pretrained_model" and (wrong := verify_manifest(checkpoint.directory, files)):
+    if checkpoint.is_of_training and (wrong := verify_manifest(checkpoint.directory, files)):
         raise UserError(
             f"{key}: {checkpoint.directory}/{wrong}; give another checkpoint "
             f"(or delete its {MANIFEST} if you changed the file yourself)"
@@ -142,7 +169,7 @@ def latest_valid(run: RunDir, most: int | None = None) -> tuple[Checkpoint | Non
         if most is not None and path.name.isdigit() and int(path.name) > most:
             continue
         if (damage := find_corruption(path)) is None:
-            return Checkpoint(path.resolve() / "pretrained_model"), wrong
+            return Checkpoint(path.resolve() / MODEL_DIR), wrong
         wrong.append(f"{path}: {damage}")
     return None, wrong
 

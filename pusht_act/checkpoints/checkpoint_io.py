@@ -3,6 +3,7 @@
 <run>/checkpoints/
   005000/pretrained_model/  config.json  model.safetensors  policy_{pre,post}processor*  train_config.json
                             pusht_act.json      our configuration and the group choices that composed it
+  005000/pretrained_model_ema/                  the same with the average of the weights, if ema.enable
   005000/training_state/    optimizer, scheduler, random states, step (LeRobot's files)
                             rng_state_1.safetensors ...    the random states of further ranks
                             pusht_act.json      TrainerState: what LeRobot does not save
@@ -18,7 +19,7 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pusht_act.checkpoints.checkpoint import Checkpoint, read_pending
+from pusht_act.checkpoints.checkpoint import EMA_DIR, MODEL_DIR, Checkpoint, read_pending
 from pusht_act.checkpoints.manifest import size_of, write_manifest
 from pusht_act.checkpoints.retention import remove_temp_files, resolve_symlink, set_symlink
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.policy.act import Processors
+from pusht_act.policy.ema import EMA
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.atomic import fsync, part_path, replace_dir
 from pusht_act.runtime.distributed import gather_to_main
@@ -90,6 +92,18 @@ class TrainComponents:
     processors: Processors
     optimizer: Optimizer
     scheduler: LRScheduler | None
+    ema: EMA | None = None
+    """The average of the policy's weights, on rank 0, if ema.enable."""
+
+    @property
+    def policies(self) -> dict[str, ACTPolicy]:
+        """The policies of a checkpoint, by their folder there."""
+        return {MODEL_DIR: self.policy} | ({EMA_DIR: self.ema.policy} if self.ema is not None else {})
+
+    @property
+    def evaluated(self) -> str:
+        """The folder of the policy that evaluations run."""
+        return EMA_DIR if self.ema is not None and self.ema.is_evaluated else MODEL_DIR
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,7 @@ class Snapshot:
     """The state of training at one moment, from which a checkpoint is written."""
 
     components: TrainComponents
+    policies: dict[str, ACTPolicy]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None
     random: list[dict[str, Tensor]]
@@ -117,10 +132,10 @@ def snapshot(components: TrainComponents, state: TrainerState, to_cpu: bool) -> 
         state: The state of the loop, which is copied.
         to_cpu: Copy weights and moments to the host's memory, so that training can continue while they are written.
     """
-    policy, optimizer = components.policy, components.optimizer.state_dict()
+    policies, optimizer = components.policies, components.optimizer.state_dict()
     # state_dict() returns the live tensors, which the next step changes in place.
     if to_cpu:
-        policy = copy.deepcopy(policy).to("cpu")
+        policies = {folder: copy.deepcopy(policy).to("cpu") for folder, policy in policies.items()}
         moments = {
             index: {name: value.detach().to("cpu", copy=True) for name, value in values.items()}
             for index, values in optimizer["state"].items()
@@ -128,7 +143,8 @@ def snapshot(components: TrainComponents, state: TrainerState, to_cpu: bool) -> 
         optimizer = {"state": moments, "param_groups": copy.deepcopy(optimizer["param_groups"])}
     # The rest is small and copied in any case.
     return Snapshot(
-        replace(components, policy=policy),
+        components,
+        policies,
         optimizer,
         copy.deepcopy(components.scheduler.state_dict()) if components.scheduler is not None else None,
         rng_states(),
@@ -173,7 +189,7 @@ def save(
         # A save that was killed may have left files under the same name.
         remove_temp_files(run)
         # Refuse before anything is written: a disk that is full in the end fails other programs, too.
-        needed = _bytes_needed(run, snapshot.components.policy)
+        needed = _bytes_needed(run, snapshot.policies)
         if needed > shutil.disk_usage(run.checkpoints).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(part, snapshot, train_config, record)
@@ -187,7 +203,7 @@ def save(
         # safetensors wraps the errors of the operating system in one of its own.
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(_cannot_save(final, error, needed)) from error
-    return Checkpoint(final / "pretrained_model")
+    return Checkpoint(final / MODEL_DIR)
 
 
 def _write(
@@ -197,15 +213,17 @@ def _write(
     record: dict[str, Any],
 ) -> None:
     """Write all files of a checkpoint and wait until they are on the disk."""
-    model, training = part / "pretrained_model", part / "training_state"
+    training = part / "training_state"
     components, state = snapshot.components, snapshot.state
-    model.mkdir(parents=True)
-    training.mkdir()
-    components.policy.save_pretrained(model)
-    components.processors.pre.save_pretrained(model)
-    components.processors.post.save_pretrained(model)
-    train_config.save_pretrained(model)
-    (model / METADATA_FILE).write_text(json.dumps(record, indent=2))
+    training.mkdir(parents=True)
+    for folder, policy in snapshot.policies.items():
+        model = part / folder
+        model.mkdir()
+        policy.save_pretrained(model)
+        components.processors.pre.save_pretrained(model)
+        components.processors.post.save_pretrained(model)
+        train_config.save_pretrained(model)
+        (model / METADATA_FILE).write_text(json.dumps(record, indent=2))
     # What LeRobot's `save_training_state` does, but with the values of the snapshot. It records a single process, since
     # our batch size is that of all ranks together.
     save_training_step(state.step, training, num_processes=1, batch_size=train_config.batch_size)
@@ -221,11 +239,11 @@ def _write(
         fsync(path)
 
 
-def _bytes_needed(run: RunDir, policy: ACTPolicy) -> int:
+def _bytes_needed(run: RunDir, policies: dict[str, ACTPolicy]) -> int:
     """Return the bytes that a checkpoint takes: as the last one, and at least weights and AdamW's two moments."""
-    weights: int = sum(parameter.nbytes for parameter in policy.parameters())
+    weights: int = sum(parameter.nbytes for parameter in policies[MODEL_DIR].parameters())
     last = resolve_symlink(run, "last")
-    return max(3 * weights, size_of(last) if last is not None else 0) + NON_TENSOR_BYTES
+    return max((2 + len(policies)) * weights, size_of(last) if last is not None else 0) + NON_TENSOR_BYTES
 
 
 def _cannot_save(final: Path, error: Exception, needed: int) -> str:

@@ -7,6 +7,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
 from pusht_act.config.schema import EMBEDDED_REPO_ID, Config
 from pusht_act.runs.provenance import package_versions
 from pusht_act.runtime.errors import UserError
@@ -81,7 +82,7 @@ def push(config: Config, checkpoint: Path, metrics: dict[str, float], command: s
     Raises:
         OSError: the upload failed; the model is still in its folder.
     """
-    repo_id, folder = str(config.policy["repo_id"]), checkpoint / "pretrained_model"
+    repo_id, folder = str(config.policy["repo_id"]), Checkpoint(checkpoint / MODEL_DIR).evaluated.model_dir
     card = model_card(config, metrics, command).encode()
     api = HfApi()
     # As above: any class may be raised.

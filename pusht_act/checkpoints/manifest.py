@@ -12,7 +12,7 @@ from pusht_act.runtime.errors import UserError
 
 MANIFEST = "manifest.json"
 """The file beside a checkpoint's two folders: {"pretrained_model/config.json": {"size": bytes, "sha256": hex}, ...}."""
-EVAL_FILES = ("pretrained_model/", "training_state/training_step.json")
+EVAL_FILES = ("pretrained_model/", "pretrained_model_ema/", "training_state/training_step.json")
 """What an evaluation reads; a name that ends in a slash stands for all files of that folder."""
 ALL_FILES = ("",)
 RESUME_FILES = (

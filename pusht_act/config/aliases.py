@@ -8,8 +8,10 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-RENAMED = {"demos.starts": "demos.initial_states"}
+RENAMED = {"demos.starts": "demos.initial_states", "demos.mirror": "train.mirror"}
 """Dotted keys of the configuration: old -> new."""
+CONVERTED: dict[str, dict[Any, Any]] = {"demos.mirror": {True: 0.5, False: 0.0}}
+"""Values that have another form under the new name, by the old name."""
 
 
 def rename_overrides(overrides: Iterable[str], quiet: bool = False) -> list[str]:
@@ -27,8 +29,11 @@ def _rename_override(override: str, quiet: bool) -> str:
     if old not in RENAMED:
         return override
     new = RENAMED[old]
+    for was, value in CONVERTED.get(old, {}).items():
+        # As YAML spells it, alone or among the values of a sweep.
+        rest = re.sub(rf"(?<=[=,\s]){was}(?=[,\s]|$)", str(value), rest, flags=re.IGNORECASE)
     if not quiet:
-        log.warning("%s is called %s now", old, new)
+        log.warning("%s is called %s now", old, f"{new}{rest}" if old in CONVERTED else new)
     # A key of the schema is always there, so `+KEY=` is refused; the old name was given so where it was unknown.
     return f"{'' if prefix == '+' else prefix}{new}{rest}"
 
@@ -41,10 +46,13 @@ def rename_config(config: dict[str, Any]) -> dict[str, Any]:
         values = _section(renamed, section)
         if values is not None and name in values:
             value = values.pop(name)
+            value = CONVERTED.get(old, {}).get(value, value)
             target_section, _, target = new.rpartition(".")
             target_values = _section(renamed, target_section, create=True)
             assert target_values is not None
-            target_values.setdefault(target, value)
+            # Where both are there, as for a while, the old one counts if it asks for something.
+            if value or target not in target_values:
+                target_values[target] = value
     return renamed
 
 

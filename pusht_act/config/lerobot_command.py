@@ -93,6 +93,8 @@ def _check_step(config: Config) -> None:
             "train.backbone_norm=batch, which is also what random weights have, has no equivalent: lerobot-train's "
             "norms are frozen; give train.backbone_norm=frozen"
         )
+    if config.ema.enable:
+        raise UserError("ema.enable=true has no equivalent in LeRobot 0.6: give ema.enable=false")
     for name, none in NO_EQUIVALENT.items():
         if (value := getattr(train, name)) != none:
             raise UserError(f"train.{name}={value} has no equivalent in lerobot-train: give train.{name}={none}")

@@ -63,8 +63,8 @@ def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
             _check_used(key, value, cfg.mode)
         if section == "sweep" and not sweeps:
             raise UserError(f"{key}={value} is for a sweep: give -m too, or leave it out")
-        if key in ("demos.n_episodes", "demos.mirror"):
-            _check_builtin_demos(key, value, cfg)
+        if key == "demos.n_episodes":
+            _check_builtin_demos(value, cfg)
         # OmegaConf takes any number for true.
         if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
             raise UserError(f"{key}={value}: give true or false")
@@ -170,9 +170,8 @@ def _check_used(key: str, value: Any, mode: Mode) -> None:
     raise UserError(f"{key}={value} is for {describe_modes(modes)}, not for mode={mode.value}: {remedy}{instead}")
 
 
-def _check_builtin_demos(key: str, value: Any, cfg: DictConfig) -> None:
-    """Refuse an option of the built-in demonstrations where training reads another data set."""
+def _check_builtin_demos(value: int, cfg: DictConfig) -> None:
+    """Refuse a number of built-in demonstrations where training reads another data set."""
     # Which data set a resumed run has is not known yet.
     if cfg.mode in TRAIN_MODES and OmegaConf.select(cfg, "dataset.repo_id") != EMBEDDED_REPO_ID:
-        users = "mode=demos or dataset=demos" if key == "demos.n_episodes" else "dataset=demos"
-        raise UserError(f"{key}={value} is for {users}: give that too, or leave it out")
+        raise UserError(f"demos.n_episodes={value} is for mode=demos or dataset=demos: give that too, or leave it out")

@@ -150,6 +150,29 @@ class TrainConfig:
 
 
 @dataclass
+class EmaConfig:
+    """An exponential moving average (EMA) of the weights; LeRobot's names and schedule."""
+
+    enable: bool = MISSING
+    """Keep an average of the weights beside them, in the folder pretrained_model_ema of each checkpoint."""
+    decay: float | None = option(None, ge=0, le=1)
+    """Constant decay at every step, such as 0.999; null: a schedule, 1 - (1 + step / inv_gamma) ** -power."""
+    update_after_step: int = option(ge=0)
+    """Steps during which the average is a copy of the weights."""
+    inv_gamma: float = option(gt=0)
+    """Steps in which the schedule begins to rise."""
+    power: float = option(gt=0)
+    """How fast the schedule rises. 0.75 comes to 0.999 after 10,000 steps, 1 after 1,000."""
+    min_decay: float = option(ge=0, le=1)
+    """Lower end of the schedule."""
+    max_decay: float = option(ge=0, le=1)
+    """Upper end of the schedule."""
+    use_for_eval: bool = MISSING
+    """Evaluate the average, in training, by mode=eval and on the Hub; false: the weights themselves. A folder that is
+    named, such as .../pretrained_model, is evaluated as it is."""
+
+
+@dataclass
 class EvalConfig:
     """Rollouts in the environment, in training and in `mode=eval`."""
 
@@ -192,9 +215,6 @@ class DemosConfig:
 
     n_episodes: int = option(ge=1, modes=(*TRAINING, Mode.demos))
     """dataset=demos: how many of the built-in ones to use (at most 2,000); mode=demos: how many to generate."""
-    mirror: bool = option(modes=TRAINING)
-    """dataset=demos: add the mirror image of each demonstration, where that solves the task, too: nearly twice as
-    many."""
     start_seed: int = option(ge=0, modes=(Mode.demos,))
     """mode=demos: the first reset seed to start from. A start that is not solved is left out. Apart from the seeds of
     evaluation (from 100,000 and 200,000 on) and of the built-in demonstrations (from 1,000,000 on)."""
@@ -263,6 +283,7 @@ class Config:
     status: StatusConfig = option(factory=StatusConfig, modes=(Mode.status,))
     checkpoints: CheckpointsConfig = option(factory=CheckpointsConfig, modes=TRAINING)
     train: TrainConfig = option(factory=TrainConfig, modes=TRAINING)
+    ema: EmaConfig = option(factory=EmaConfig, modes=TRAINING)
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = option(factory=WandbConfig, modes=TRAINING)
     demos: DemosConfig = field(default_factory=DemosConfig)

@@ -16,6 +16,7 @@ from pusht_act.config.schema import (
     TRAIN_MODES,
     TRAINING,
     Config,
+    EmaConfig,
     Mode,
     to_dict,
 )
@@ -143,10 +144,23 @@ def _check(config: Config) -> None:
         )
     if config.policy.get("push_to_hub") and not config.save_checkpoint:
         raise UserError("save_checkpoint=false leaves nothing for policy.push_to_hub=true to upload: give one of them")
+    _check_ema(config.ema)
     if config.checkpoints.keep_every and not config.checkpoints.keep_last:
         raise UserError(
             f"checkpoints.keep_every={config.checkpoints.keep_every}: all are kept with checkpoints.keep_last=0; "
             "give checkpoints.keep_last=3, say, or leave it out"
+        )
+
+
+def _check_ema(ema: EmaConfig) -> None:
+    """Refuse a decay that contradicts the schedule's."""
+    if ema.min_decay > ema.max_decay:
+        raise UserError(f"ema.min_decay={ema.min_decay} exceeds ema.max_decay={ema.max_decay}: give a smaller one")
+    defaults = {"min_decay": 0.0, "max_decay": 0.9999}
+    if ema.decay is not None and (given := [key for key in defaults if getattr(ema, key) != defaults[key]]):
+        raise UserError(
+            f"ema.decay={ema.decay} is constant, and ema.{given[0]}={getattr(ema, given[0])} bounds a schedule: "
+            "leave one of them out"
         )
 
 

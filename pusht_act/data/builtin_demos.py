@@ -21,37 +21,30 @@ from pusht_act.demos import builtin
 from pusht_act.demos.expert import Demonstration
 from pusht_act.demos.features import FEATURES, TASK
 from pusht_act.demos.image_stats import count_values, image_stats
-from pusht_act.demos.mirror import with_mirror_images
 from pusht_act.demos.replay import replay_all
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.system import cores
 
 
-def open_builtin_demos(count: int, env: PushtEnv, mirror: bool = False) -> FrameDataset:
+def open_builtin_demos(count: int, env: PushtEnv) -> FrameDataset:
     """Open the first `count` built-in demonstrations with the observations that `env` gives.
 
     Args:
         count: Number of demonstrations.
         env: Its obs_type decides between images and keypoints.
-        mirror: Follow each demonstration by its mirror image, where that solves the task, too.
 
     Raises:
         UserError: The file of demonstrations is damaged, or one of them no longer solves the task when replayed.
     """
     image = env.obs_type == "pixels_agent_pos"
-    # Everything that the frames depend on; with mirror=False the key is that of versions without mirror images.
-    source = [builtin.SHA256, count, image, version("gym-pusht"), version("pymunk"), *(["mirror"] if mirror else [])]
+    # Everything that the frames depend on.
+    source = [builtin.SHA256, count, image, version("gym-pusht"), version("pymunk")]
     key = hashlib.sha256(repr(source).encode()).hexdigest()[:24]
-    return load_or_build(EMBEDDED_REPO_ID, f"demos-{key}", partial(_build, builtin.load(count), image, mirror))
+    return load_or_build(EMBEDDED_REPO_ID, f"demos-{key}", partial(_build, builtin.load(count), image))
 
 
-def _build(demos: list[Demonstration], image: bool, mirror: bool, allocate: Allocate) -> BuiltDataset:
+def _build(demos: list[Demonstration], image: bool, allocate: Allocate) -> BuiltDataset:
     task = f"{'rendering' if image else 'replaying'} {len(demos):,} built-in demonstrations"
-    if mirror:
-        count = len(demos)
-        demos = list(with_mirror_images(tqdm(demos, "mirroring", unit="demo", disable=None)))
-        task += f" and {len(demos) - count:,} of their mirror images"
-
     # Episode i has frames bounds[i] to bounds[i + 1].
     bounds = np.concatenate([[0], np.cumsum([len(demo.action) for demo in demos])])
     total = int(bounds[-1])

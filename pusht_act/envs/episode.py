@@ -1,7 +1,6 @@
 """What is asked of an environment, and what it answers."""
 
-from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ class VideoRequest:
 class EpisodeResult:
     """The record of one episode; the reward of a step is clip(coverage / 0.95, 0, 1)."""
 
-    # Names and order of the fields are the columns of episodes.csv, but for the last two, which are in episodes.npz.
+    # Names and order of the fields are the columns of episodes.csv, but for the last two, which are in episodes.npz and
+    # are set when the rollout ends: this is sent between processes with each chunk.
     episode_ix: int
     seed: int
     success: bool = False
@@ -52,7 +52,7 @@ class EpisodeResult:
     steps: int = 0
     start: tuple[float, ...] = ()
     """Agent x, y, block x, y (px), block angle (rad) after the reset."""
-    coverage_by_step: array[float] = field(default_factory=lambda: array("d"))
+    coverage_by_step: tuple[float, ...] = ()
     """The coverage after each step."""
 
 
@@ -66,3 +66,5 @@ class StepResult:
     running: bool
     state: EnvState
     observation: Observation
+    covered: tuple[float, ...] = ()
+    """The coverage after each step of this chunk."""

@@ -1,5 +1,7 @@
 """One gym-pusht environment that executes a chunk of actions at a time."""
 
+from dataclasses import replace
+
 import gym_pusht  # noqa: F401  (registers the environment)
 import gymnasium
 import numpy as np
@@ -39,21 +41,20 @@ class ChunkedEnv:
         self._frames: list[UInt8[np.ndarray, "H W 3"]] = []
         self._corners = block_corners(self._env)
         state = self._state()
-        episode = EpisodeResult(0, seed, start=tuple(state[:5].tolist()))
-        self._result = StepResult(episode, True, state, self._observe(state))
+        self._result = StepResult(EpisodeResult(0, seed), True, state, self._observe(state))
         return self._result
 
     def step_chunk(self, actions: Float32[np.ndarray, "N 2"]) -> StepResult:
         """Execute up to N `actions` (px), fewer where the episode ends; do nothing once it has ended."""
         if not self._result.running:
-            return self._result
-        episode, running = self._result.episode, True
+            return replace(self._result, covered=())
+        episode, running, covered = self._result.episode, True, list[float]()
         actions = actions[: self._spec.max_steps - episode.steps]
 
         # A recorded episode advances by single actions, since a frame is rendered before each; any other by the chunk.
         for piece in [actions] if self._request is None else actions[:, None]:
             self._record_frame()
-            self._execute(piece, episode)
+            covered += self._execute(piece, episode)
             running = not episode.success and episode.steps < self._spec.max_steps
             if not running:
                 self._record_frame()
@@ -65,24 +66,26 @@ class ChunkedEnv:
         state = self._state()
         looked_at = episode.steps < self._spec.max_steps
         observation = self._observe(state) if looked_at else self._result.observation
-        self._result = StepResult(episode, running, state, observation)
+        self._result = StepResult(episode, running, state, observation, tuple(covered))
         return self._result
 
-    def _execute(self, actions: Float32[np.ndarray, "N 2"], episode: EpisodeResult) -> None:
-        """Execute `actions` and update `episode` up to the first success.
+    def _execute(self, actions: Float32[np.ndarray, "N 2"], episode: EpisodeResult) -> list[float]:
+        """Execute `actions`, update `episode` up to the first success, and return the coverage after each step of it.
 
         Actions after it still move the block, but the episode has ended by then.
         """
         set_last_action(self._env, actions[-1])
-        for covered in coverage_of_poses(advance(self._env, actions)[:, 2:]).tolist():
+        coverage: list[float] = coverage_of_poses(advance(self._env, actions)[:, 2:]).tolist()
+        first = episode.steps
+        for covered in coverage:
             reward = min(covered / SUCCESS_COVERAGE, 1.0)
             episode.coverage, episode.success = covered, covered > SUCCESS_COVERAGE
             episode.steps += 1
-            episode.coverage_by_step.append(covered)
             episode.sum_reward += reward
             episode.max_reward = max(episode.max_reward, reward)
             if episode.success:
                 break
+        return coverage[: episode.steps - first]
 
     def _record_frame(self) -> None:
         if self._request is None or self._video is None:

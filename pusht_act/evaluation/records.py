@@ -9,7 +9,6 @@
 
 import csv
 import json
-from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -180,7 +179,7 @@ def read_episodes(folder: Path) -> list[EpisodeResult]:
         EpisodeResult(
             **{key: READERS[key](value) for key, value in row.items()},
             start=tuple(start),
-            coverage_by_step=array("d", covered[: int(row["steps"])]),
+            coverage_by_step=tuple(covered[: int(row["steps"])]),
         )
         for row, start, covered in zip(rows, starts, coverage, strict=True)
     ]

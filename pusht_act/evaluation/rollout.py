@@ -88,12 +88,20 @@ def rollout(
     actor.policy.eval()
     actor.policy.reset()
     rolled_out = Rollout()
-    results = envs.reset(spec, seeds, [*videos, *[None] * (len(seeds) - len(videos))])
+    coverage: list[list[float]] = [[] for _ in seeds]
+    starts = results = envs.reset(spec, seeds, [*videos, *[None] * (len(seeds) - len(videos))])
     # Finished environments return their last result again, and keep their row of the batch.
     while any(result.running for result in results):
         actions = actor.predict_actions(results)
         rolled_out.actions.append(actions)
         results = envs.step_chunk(actions)
+        for each, result in zip(coverage, results, strict=True):
+            each.extend(result.covered)
         on_step(sum(result.running for result in results))
-    rolled_out.episodes = [replace(result.episode, episode_ix=i) for i, result in enumerate(results)]
+    rolled_out.episodes = [
+        replace(
+            result.episode, episode_ix=i, start=tuple(starts[i].state[:5].tolist()), coverage_by_step=tuple(coverage[i])
+        )
+        for i, result in enumerate(results)
+    ]
     return rolled_out

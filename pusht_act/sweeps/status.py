@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import read_owner
@@ -116,7 +116,7 @@ def _run_as_job(run: RunDir) -> Job:
     is_complete = progress.step is not None and progress.steps is not None and progress.step >= progress.steps
     state = "running" if alive else "interrupted"
     # An evaluation may still be missing after the last step.
-    if is_complete and holder is None and not Checkpoint(run.checkpoints / "last" / "pretrained_model").pending:
+    if is_complete and holder is None and not Checkpoint(run.checkpoints / "last" / MODEL_DIR).pending:
         state = "done"
     host = holder.host if holder is not None else last.get("host", "")
     overrides = shlex.split(last.get("command", ""))[1:]

@@ -23,7 +23,7 @@ from typing import Any
 from safetensors.torch import load_model
 from safetensors.torch import save as save_tensors
 
-from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState, step_name
 from pusht_act.checkpoints.manifest import find_corruption
 from pusht_act.config.lerobot import PushtEnv
@@ -109,7 +109,7 @@ class AsyncEvaluator:
         self.state.pending.append(step)
         if self._future is not None:
             return
-        policy = self.components.policy
+        policy = self.components.policies[self.components.evaluated]
         self._start(step, copy.deepcopy(policy) if self._runs_beside_training(step) else policy)
 
     def resume(self, step: int, model_dir: Path, is_dropped: bool) -> None:
@@ -168,9 +168,10 @@ class AsyncEvaluator:
     def _evaluate(self, step: int, policy: ACTPolicy, description: str | None) -> Evaluation:
         options = self.config.eval
         model, values = digest_model(policy, self.processors)
+        saved = self.run.checkpoints / step_name(step, self.config.steps)
         info = {
             "origin": "training",
-            "checkpoint": str(self.run.checkpoints / step_name(step, self.config.steps)),
+            "checkpoint": str(Checkpoint(saved / self.components.evaluated).path),
             "options": [],
         }
         identity = identify(model, values, str(policy.config.device), self.config.env, options)
@@ -209,7 +210,7 @@ def find_pending(start: Checkpoint, state: TrainerState, config: Config) -> dict
     for step in state.pending:
         here = start.directory if step == state.step else start.directory.parent / step_name(step, config.steps)
         if (corruption := find_corruption(here)) is None:
-            found[step] = here / "pretrained_model"
+            found[step] = Checkpoint(here / MODEL_DIR).evaluated.model_dir
         else:
             log.warning("the evaluation of step %d was interrupted and is left out: %s: %s", step, here, corruption)
     state.pending[:] = found

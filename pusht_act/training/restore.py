@@ -5,16 +5,19 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_model
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pusht_act.checkpoints import checkpoint_io
-from pusht_act.checkpoints.checkpoint import Checkpoint, latest_valid
+from pusht_act.checkpoints.checkpoint import EMA_DIR, Checkpoint, latest_valid
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.policy.act import Processors, load_policy, load_processors
+from pusht_act.policy.ema import EMA
 from pusht_act.policy.lerobot import ACTConfig, ACTPolicy, AdamWConfig
 from pusht_act.policy.optim import make_optimizer
 from pusht_act.runs.run_dir import RunDir
@@ -29,10 +32,11 @@ log = logging.getLogger(__name__)
 def build_components(
     config: Config, lerobot: LeRobotConfig, policy: ACTPolicy, processors: Processors
 ) -> TrainComponents:
-    """Give `policy` a fresh optimizer and schedule."""
+    """Give `policy` a fresh optimizer and schedule, and rank 0 an average of its weights if that is asked for."""
     optimizer = make_optimizer(policy, lerobot.optimizer)
     scheduler = lerobot.scheduler.build(optimizer, config.steps) if lerobot.scheduler else None
-    return TrainComponents(policy, processors, optimizer, scheduler)
+    ema = EMA(policy, config.ema) if config.ema.enable and is_main() else None
+    return TrainComponents(policy, processors, optimizer, scheduler, ema)
 
 
 def load_components(config: Config, lerobot: LeRobotConfig, model_dir: Path) -> TrainComponents:
@@ -55,6 +59,8 @@ def restore_state(
     """
     state = checkpoint_io.load(start, components)
     override_restored_hparams(components.optimizer, components.scheduler, lerobot.optimizer, lerobot.policy)
+    if components.ema is not None:
+        _load_average(start, components.ema)
 
     # Each rank has noise of its own; a rank that the checkpoint knows nothing of starts afresh.
     if not is_main() and not checkpoint_io.load_rng_state(start, rank()):
@@ -75,6 +81,17 @@ def restore_state(
     position = state.sampler or sampler.state_at(state.step, batch_size or config.batch_size, processes)
     sampler.load_state_dict(position, state.rollbacks)
     return state
+
+
+def _load_average(start: Checkpoint, ema: EMA) -> None:
+    weights = start.directory / EMA_DIR / "model.safetensors"
+    if not weights.exists():
+        log.warning("%s has no average of the weights: it begins with those of step %d", start.directory, start.step)
+        return
+    try:
+        load_model(ema.policy, weights)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{weights} is damaged ({error}): resume from another checkpoint") from error
 
 
 def override_restored_hparams(

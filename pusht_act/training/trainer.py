@@ -120,6 +120,7 @@ class Trainer:
             batch = self.next_batch()
             # Forward, backward, all-reduce, clip, AdamW, schedule.
             losses = self.train_step(batch)
+            self.update_average()
             self.update_metrics(losses)
 
             # Nothing that is not finite is logged, evaluated or saved.
@@ -150,6 +151,12 @@ class Trainer:
             batch = self.train_step.batch(next(self.inputs))
         self._fetched = time.perf_counter()
         return batch
+
+    def update_average(self) -> None:
+        """Add the weights of this step to their average."""
+        if self.components.ema is not None:
+            with self.profiler.phase("ema"):
+                self.components.ema.update(self.step)
 
     def update_metrics(self, losses: Losses) -> None:
         """Add the step's losses to the sums, which stay on the device until they are logged."""
@@ -210,11 +217,11 @@ class Trainer:
             return
         self._norms_at = self.step
         frames = self.sampler.draw(NORM_FRAMES, statistics_generator(self.config.seed, self.step))
-        parts = torch.split(frames, self.config.batch_size)
-        with self.profiler.phase("norms"), autocast(self.components.policy):
-            update_statistics(
-                self.components.policy, (self.components.processors.pre(self.loader.batch(part)) for part in parts)
-            )
+        parts, pre = torch.split(frames, self.config.batch_size), self.components.processors.pre
+        # The average of the weights has activations of its own.
+        for policy in self.components.policies.values():
+            with self.profiler.phase("norms"), autocast(policy):
+                update_statistics(policy, (pre(self.loader.batch(part)) for part in parts))
 
     def wants_checkpoint(self) -> bool:
         """Return whether this rank asks for a checkpoint of this step."""

@@ -39,6 +39,25 @@ def test_an_old_name_is_replaced_with_a_line(given: str, now: str, caplog: pytes
 
 
 @pytest.mark.parametrize(
+    ("given", "now"),
+    [
+        ("demos.mirror=true", "train.mirror=0.5"),
+        ("demos.mirror=False", "train.mirror=0.0"),
+        ("+demos.mirror=true,false", "train.mirror=0.5,0.0"),
+        ("demos.mirror=perhaps", "train.mirror=perhaps"),
+    ],
+)
+def test_an_old_value_is_converted(given: str, now: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert rename_overrides([given]) == [now]
+    assert [record.getMessage() for record in caplog.records] == [f"demos.mirror is called {now} now"]
+
+
+def test_a_stored_value_is_converted() -> None:
+    assert rename_config({"demos": {"mirror": True}, "train": {"mirror": 0.0}})["train"] == {"mirror": 0.5}
+    assert rename_config({"demos": {"mirror": False}}) == {"demos": {}, "train": {"mirror": 0.0}}
+
+
+@pytest.mark.parametrize(
     "given", ["demos.start_seed=3", "-m", "job_name=demos.starts", "demos.startsx=3", "wandb.notes=demos.starts=x", ""]
 )
 def test_nothing_else_is_changed(given: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -60,7 +60,7 @@ def test_the_table_is_long() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        "dataset=demos demos.n_episodes=3 demos.mirror=true",
+        "dataset=demos demos.n_episodes=3 train.mirror=0.5",
         "mode=resume demos.n_episodes=3",
         "mode=demos demos.n_episodes=3 demos.start_seed=3",
         "wandb.enable=1 overwrite=0",

@@ -13,10 +13,11 @@ from pusht_act.data.open_dataset import policy_features
 
 
 def state_files(run: Path, processes: int = 1) -> dict[str, Any]:
-    """Return the tensors of a run's last checkpoint by file name."""
+    """Return the tensors of a run's last checkpoint by file."""
     last = run / "checkpoints" / "last"
-    tensors = {path.name: load_file(path) for path in last.rglob("*.safetensors")}
-    assert len(tensors) == 4 + processes, "model, two processors, optimizer, random streams"
+    tensors = {str(path.relative_to(last)): load_file(path) for path in last.rglob("*.safetensors")}
+    models = len(list(last.glob("pretrained_model*")))
+    assert len(tensors) == 3 * models + 1 + processes, "model and two processors each, optimizer, random streams"
     return tensors
 
 

@@ -15,12 +15,12 @@ from pusht_act.data.builtin_demos import open_builtin_demos
 from pusht_act.data.cache import FrameDataset
 from pusht_act.data.mirror import reflect_image, reflect_keypoints, reflect_points, statistics_with_mirror_images
 from pusht_act.demos import builtin
-from pusht_act.demos.mirror import with_mirror_images
 from pusht_act.demos.replay import replay
 from pusht_act.job import Result
 from pusht_act.policy.act import act_loss
 from pusht_act.training.augmentation import add_state_noise, mirror, shift_image
 from pusht_act.training.train_step import bind_loss
+from tests.helpers.mirror import mirror_image
 from tests.helpers.policies import policy_for
 from tests.helpers.runs import tiny_command
 from tests.helpers.training import assert_same_bits, metrics
@@ -47,8 +47,8 @@ def batch_of(rows: int = 64) -> dict[str, torch.Tensor]:
 
 def test_the_reflection_is_that_of_the_simulator() -> None:
     """What gym-pusht shows of a mirrored demonstration is the mirror image of what it shows of the demonstration."""
-    demo, image = with_mirror_images([builtin.load(1)[0]])
-    shown, mirrored = (replay(each.start, each.executed, image=True) for each in (demo, image))
+    (demo,) = builtin.load(1)
+    shown, mirrored = replay(demo.start, demo.executed, image=True), replay(*mirror_image(demo), image=True)
     # Contacts amplify the last bits, and images are drawn in whole pixels.
     first = slice(0, 5)
     state, keypoints = (torch.from_numpy(each[first]) for each in (shown.observation_state, shown.environment_state))
