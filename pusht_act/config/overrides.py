@@ -1,4 +1,7 @@
-"""Checks of what only the command line shows: which options were typed, and what they look like there."""
+"""Checks of what only the command line shows: which options were typed, and what they look like there.
+
+A misspelt key was refused by Hydra before: errors.py says how.
+"""
 
 import re
 from collections.abc import Iterator

@@ -2,7 +2,8 @@
 
 LeRobot's sections (`policy`, `env`, `dataset`, `optimizer`, `scheduler`) stay plain dictionaries here: LeRobot's own
 dataclasses declare their fields, and `config.lerobot` decodes them. This module imports neither torch nor lerobot, so
-that `--help`, `--cfg job` and a misspelt key answer at once. docs/configuration.md is generated from it.
+that `--help`, `--cfg job` and a misspelt key answer at once. Hydra refuses a key that is not declared here or in conf/;
+errors.py answers it with the key that was meant. docs/configuration.md is generated from this module.
 """
 
 # ruff: noqa: RUF009  (`option` declares a field)

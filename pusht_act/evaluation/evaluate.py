@@ -1,6 +1,7 @@
 """Evaluate a policy: seeded episodes in batches, as many batches at once as there are groups of environments.
 
 Training and mode=eval call the same `evaluate`, so the same checkpoint and seeds give the same numbers in both.
+Episode i resets gym-pusht with seed eval.start_seed + i, as it resets itself (envs/gym_env.py).
 """
 
 import shutil

@@ -1,4 +1,7 @@
-"""LeRobot's ACT: make and load the policy and its processors, compute its loss, choose its precision."""
+"""LeRobot's ACT: make and load the policy and its processors, compute its loss, choose its precision.
+
+How its chunks are executed, temporal ensembling among it, is in evaluation/rollout.py.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -8,8 +8,9 @@
     signals.submit(), wait()      hand work to threads and processes and wait for it, which no signal may break
 
 A second Ctrl-C is a KeyboardInterrupt at once. In a job that SLURM runs, SIGTERM only asks for a checkpoint: it comes
-before a kill, after which SLURM queues the job again, or before SIGUSR2, at which submitit does. Imports neither torch
-nor lerobot.
+before a kill, after which SLURM queues the job again, or before SIGUSR2, at which submitit does. The training loop
+saves the step and stops (training/trainer.py, `_fit`), and job.py, `_print_how_to_resume`, logs the command that
+continues. Imports neither torch nor lerobot.
 """
 
 import multiprocessing

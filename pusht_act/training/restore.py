@@ -1,4 +1,7 @@
-"""Restore a training run from a checkpoint: weights, optimizer, random streams, data order."""
+"""Restore a training run from a checkpoint: weights, optimizer, learning rates, random streams, data order.
+
+Which option counts where checkpoint and command line differ is decided in checkpoints/merge_config.py.
+"""
 
 import json
 import logging
