@@ -1,5 +1,8 @@
 """Gather batches on the device, without worker processes: all frames are resident, a batch is one indexing operation.
 
+An evaluation's images become tensors in evaluation/rollout.py, `Actor.predict_actions`. Both are normalized by
+`Processors.pre` of policy/act.py.
+
 mp4 or PNG, decoded once by lerobot_reader.py, or rendered by builtin_demos.py, and kept by cache.py
           |
 

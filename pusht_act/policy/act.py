@@ -1,6 +1,6 @@
 """LeRobot's ACT: make and load the policy and its processors, compute its loss, choose its precision.
 
-How its chunks are executed, temporal ensembling among it, is in evaluation/rollout.py.
+How its chunks are executed, temporal ensembling among it, is in evaluation/rollout.py, `Actor.predict_actions`.
 """
 
 import dataclasses

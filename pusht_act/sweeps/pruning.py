@@ -35,7 +35,7 @@ def reporter(node: Any) -> Callable[[int, dict[str, float]], bool] | None:
 
 
 class Reporter:
-    """A `training.async_evaluation.Report`: reports the evaluations of one trial to its study."""
+    """A `training.trainer.Report`: reports the evaluations of one trial to its study."""
 
     def __init__(self, directory: Path, number: int, metric: str, options: PrunerConfig) -> None:
         self._path = directory / STORAGE
