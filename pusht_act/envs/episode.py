@@ -6,13 +6,10 @@ from typing import Any
 
 import gym_pusht  # noqa: F401  (registers the environment)
 import numpy as np
-from jaxtyping import Float64
 
 # Everything in this module is pickled and sent between processes.
 Observation = dict[str, np.ndarray]
 """With gym-pusht's keys: agent_pos, and pixels or environment_state."""
-EnvState = Float64[np.ndarray, " 7"]
-"""Agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class EpisodeResult:
     """The record of one episode; the reward of a step is clip(coverage / 0.95, 0, 1)."""
 
     # Names and order of the fields are the columns of episodes.csv, but for the last two, which are in episodes.npz and
-    # are set when the rollout ends: this is sent between processes with each chunk.
+    # the last is set when the rollout ends: this is sent between processes with each chunk.
     episode_ix: int
     seed: int
     success: bool = False
@@ -64,7 +61,6 @@ class StepResult:
     """The record of the episode so far."""
     # An episode that has ended answers later chunks with its last result.
     running: bool
-    state: EnvState
     observation: Observation
     covered: tuple[float, ...] = ()
     """The coverage after each step of this chunk."""

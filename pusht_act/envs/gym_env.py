@@ -5,10 +5,10 @@ from dataclasses import replace
 import gym_pusht  # noqa: F401  (registers the environment)
 import gymnasium
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Float64, UInt8
 
 from pusht_act.envs.coverage import SUCCESS_COVERAGE, coverage_of_poses
-from pusht_act.envs.episode import EnvSpec, EnvState, EpisodeResult, Observation, StepResult, VideoRequest
+from pusht_act.envs.episode import EnvSpec, EpisodeResult, Observation, StepResult, VideoRequest
 from pusht_act.envs.film_strip import film_strip
 from pusht_act.envs.gym_pusht_internals import block_corners, set_last_action
 from pusht_act.envs.physics import advance
@@ -41,7 +41,7 @@ class ChunkedEnv:
         self._frames: list[UInt8[np.ndarray, "H W 3"]] = []
         self._corners = block_corners(self._env)
         state = self._state()
-        self._result = StepResult(EpisodeResult(0, seed), True, state, self._observe(state))
+        self._result = StepResult(EpisodeResult(0, seed, start=tuple(state[:5].tolist())), True, self._observe(state))
         return self._result
 
     def step_chunk(self, actions: Float32[np.ndarray, "N 2"]) -> StepResult:
@@ -63,10 +63,9 @@ class ChunkedEnv:
 
         # All environments of a batch reach the time limit at once, so nobody looks at that observation: do not render
         # it. After an early success the policy does look, together with the episodes that are still running.
-        state = self._state()
         looked_at = episode.steps < self._spec.max_steps
-        observation = self._observe(state) if looked_at else self._result.observation
-        self._result = StepResult(episode, running, state, observation, tuple(covered))
+        observation = self._observe(self._state()) if looked_at else self._result.observation
+        self._result = StepResult(episode, running, observation, tuple(covered))
         return self._result
 
     def _execute(self, actions: Float32[np.ndarray, "N 2"], episode: EpisodeResult) -> list[float]:
@@ -103,11 +102,12 @@ class ChunkedEnv:
             film_strip(self._frames, episode.success, episode.seed).save(self._request.film_strip)
         self._frames = []
 
-    def _state(self) -> EnvState:
+    def _state(self) -> Float64[np.ndarray, " 7"]:
+        """Return agent x, y, block x, y (px), block angle (rad), agent velocity x, y (px/s)."""
         env = self._env
         return np.array((*env.agent.position, *env.block.position, env.block.angle, *env.agent.velocity))
 
-    def _observe(self, state: EnvState) -> Observation:
+    def _observe(self, state: Float64[np.ndarray, " 7"]) -> Observation:
         """Return what PushTEnv.get_obs would."""
         if self._spec.obs_type == "pixels_agent_pos":
             return {"pixels": render_observation(self._env), "agent_pos": state[:2]}

@@ -89,7 +89,7 @@ def rollout(
     actor.policy.reset()
     rolled_out = Rollout()
     coverage: list[list[float]] = [[] for _ in seeds]
-    starts = results = envs.reset(spec, seeds, [*videos, *[None] * (len(seeds) - len(videos))])
+    results = envs.reset(spec, seeds, [*videos, *[None] * (len(seeds) - len(videos))])
     # Finished environments return their last result again, and keep their row of the batch.
     while any(result.running for result in results):
         actions = actor.predict_actions(results)
@@ -99,9 +99,6 @@ def rollout(
             each.extend(result.covered)
         on_step(sum(result.running for result in results))
     rolled_out.episodes = [
-        replace(
-            result.episode, episode_ix=i, start=tuple(starts[i].state[:5].tolist()), coverage_by_step=tuple(coverage[i])
-        )
-        for i, result in enumerate(results)
+        replace(result.episode, episode_ix=i, coverage_by_step=tuple(coverage[i])) for i, result in enumerate(results)
     ]
     return rolled_out
