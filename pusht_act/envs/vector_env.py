@@ -22,6 +22,8 @@ from pusht_act.config.schema import EvalConfig
 from pusht_act.envs.coverage import coverage_of_poses
 from pusht_act.envs.episode import EnvSpec, StepResult, VideoRequest
 from pusht_act.envs.gym_env import ChunkedEnv
+from pusht_act.envs.physics import advance
+from pusht_act.envs.pusht import make_env
 from pusht_act.runtime.signals import signals
 from pusht_act.runtime.system import cores
 
@@ -74,6 +76,10 @@ def make_vector_envs(config: EvalConfig, needed: bool = True) -> Iterator[list[V
     if needed and workers > 1:
         sizes = [workers] if batch == config.n_episodes else [workers - workers // 2, workers // 2]
         groups = [SubprocVectorEnv(size) for size in sizes]
+    elif needed:
+        # A signal in the middle of it would leave half an object of llvmlite's, which prints a traceback when it goes.
+        with signals.defer():
+            load_compiled_code()
     try:
         yield groups
     finally:
@@ -167,6 +173,13 @@ class SubprocVectorEnv:
             process.wait()
 
 
+def load_compiled_code() -> None:
+    """Load what numba has compiled for an environment, which takes half a second."""
+    env = make_env()
+    env.reset(seed=0)
+    coverage_of_poses(advance(env, np.zeros((1, 2), np.float32))[:, 2:])
+
+
 def run_worker(pipe: int) -> None:
     """Serve a `SyncVectorEnv` until the parent closes the pipe or is killed.
 
@@ -174,8 +187,8 @@ def run_worker(pipe: int) -> None:
         pipe: File descriptor of this worker's end of the pipe.
     """
     connection, envs = Connection(pipe), SyncVectorEnv()
-    # Numba takes half a second to load its compiled code: do so now, while the parent imports torch.
-    coverage_of_poses(np.zeros((1, 3)))
+    # Now, while the parent imports torch.
+    load_compiled_code()
     with suppress(EOFError, ConnectionError):
         while True:
             method, arguments = connection.recv()

@@ -240,3 +240,16 @@ def test_closed_environments_carry_nothing_out() -> None:
     here.close()
     with pytest.raises(OSError, match="closed"):
         here.step_chunk(np.ones((1, 2, 2), np.float32))
+
+
+def test_compiled_code_is_loaded_before_an_evaluation_begins() -> None:
+    """A signal may interrupt an evaluation, but not numba while it loads: that prints a traceback."""
+    code = (
+        "from pusht_act.config.schema import EvalConfig; from pusht_act.envs import physics, vector_env\n"
+        "options = EvalConfig(n_episodes=1, batch_size=1, start_seed=0, n_videos=0, workers=1, background=False)\n"
+        "for needed in (False, True):\n"
+        "    with vector_env.make_vector_envs(options, needed):\n"
+        "        print(len(physics._advance.overloads))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]

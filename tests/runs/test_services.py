@@ -99,7 +99,7 @@ def test_a_server_that_is_broken_from_the_start_puts_the_run_offline(
 def test_its_own_process_that_does_not_start_does_not_stop_a_run(commands: Commands, tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "output"
     environment = {
-        "WANDB__SERVICE_WAIT": "0.001",  # less than it needs
+        "WANDB__SERVICE_WAIT": "0",  # less than it needs
         "WANDB_SENTRY_DSN": "http://key@127.0.0.1:9/1",  # where nobody takes W&B's report of it
     }
     arguments = tiny_command("wandb.enable=true", f"output_dir={run}")
@@ -113,7 +113,7 @@ def test_its_own_process_that_does_not_start_does_not_stop_a_run(commands: Comma
 def test_a_run_whose_process_does_not_start_keeps_its_id(
     tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WANDB__SERVICE_WAIT", "0.001")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "0")
     forget_settings(monkeypatch)
     with LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, "former") as metrics:
         assert metrics.wandb_run_id == "former"

@@ -87,7 +87,7 @@ def test_two_ranks_normalize_by_the_batch_of_both(run: Run, tmp_path: Path) -> N
     done = subprocess.run([sys.executable, *torchrun, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for a, b in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
-        assert a == pytest.approx(b, rel=2e-3)
+        assert a == pytest.approx(b, rel=5e-3)
 
 
 def test_precision_is_decided_by_the_processor_and_kept(tmp_path: Path) -> None:
