@@ -1,5 +1,5 @@
 """`python -m pusht_act`, the same as `pusht-act`."""
 
-from pusht_act.main import main
+from pusht_act.main import command
 
-main()
+command()

@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_embedded_demonstrations(installed: Path) -> None:
 
 def test_the_wheel_holds_the_command_and_no_tests(installed: Path) -> None:
     (metadata,) = installed.glob("*.dist-info")
-    assert "pusht-act = pusht_act.main:main" in (metadata / "entry_points.txt").read_text()
+    assert "pusht-act = pusht_act.main:command" in (metadata / "entry_points.txt").read_text()
     assert not (installed / "tests").exists()
 
 
