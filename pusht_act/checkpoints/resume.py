@@ -11,7 +11,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, last_checkpoint, latest_valid, verify
+from pusht_act.checkpoints.checkpoint import (
+    EMA_DIR,
+    Checkpoint,
+    find_checkpoint,
+    last_checkpoint,
+    latest_valid,
+    verify,
+)
 from pusht_act.checkpoints.manifest import ALL_FILES
 from pusht_act.config.aliases import rename_config
 from pusht_act.config.lerobot_fields import lerobot_fields
@@ -60,6 +67,12 @@ def checkpoint_to_resume(cfg: DictConfig, output_dir: Path) -> Checkpoint:
     if cfg.resume.path is None:
         return last_checkpoint(RunDir(output_dir))
     checkpoint = find_checkpoint(cfg.resume.path, "resume.path")
+    # The optimizer's moments are those of the weights themselves.
+    if checkpoint.model_dir.name == EMA_DIR:
+        raise UserError(
+            f"resume.path={cfg.resume.path} is an average of the weights, which nothing trains: give "
+            f"{checkpoint.directory}, or start from it with +policy.pretrained_path={checkpoint.model_dir}"
+        )
     verify(checkpoint, f"resume.path={cfg.resume.path}", ALL_FILES)
 
     # Resuming a run from before its last checkpoint would mix two histories in one directory.

@@ -84,6 +84,14 @@ def test_a_resume_comes_to_the_same_bits(tmp_path: Path) -> None:
     assert_same_bits(whole, branch)
 
 
+def test_an_average_is_not_resumed(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", *ON).output_dir
+    average = run / "checkpoints" / "last" / "pretrained_model_ema"
+    with pytest.raises(ValueError, match=r"is an average of the weights.*checkpoints/000006, or start from it with"):
+        pusht_act.run(["mode=resume", f"resume.path={average}", "steps=9", f"output_dir={tmp_path / 'branch'}"])
+    assert not (tmp_path / "branch" / "checkpoints").exists()
+
+
 def test_it_can_begin_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = train(tmp_path / "run").output_dir
     with caplog.at_level(logging.WARNING):
