@@ -15,6 +15,7 @@ notice at once. One whose machine went silent is given up after STEP_TIMEOUT, or
 for. With a single process everything here is the identity, and torch.distributed is not imported.
 """
 
+import atexit
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -193,12 +194,15 @@ def _init_process_group() -> None:
             f"MASTER_ADDR:MASTER_PORT={at} ({_reason(error)}): see that all are started, and that the port is free"
         ) from error
     _world.rank, _world.world_size, _world.control_group = dist.get_rank(), dist.get_world_size(), control_group
+    # A thread of gloo that lets go of a tensor after Python has ended would end the process by abort().
+    atexit.register(_shutdown)
 
 
 def _shutdown() -> None:
     import torch.distributed as dist
 
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def agree(checkpoint: bool = False, end: bool = False) -> Agreement:
@@ -324,8 +328,12 @@ def init_gradient_group(device: str) -> None:
     if len(set(kinds)) > 1:
         has = ", ".join(f"rank {number} has {kind}" for number, kind in enumerate(kinds))
         raise UserError(f"{has}: start as many processes on a machine as it has GPUs, or give policy.device=cpu")
+    if kinds[0] != "cuda":
+        return
+    # To shut nccl down may wait for a rank that is gone.
+    atexit.unregister(_shutdown)
     with _device_errors():
-        _world.grad_group = dist.new_group(backend="nccl", timeout=STEP_TIMEOUT) if kinds[0] == "cuda" else None
+        _world.grad_group = dist.new_group(backend="nccl", timeout=STEP_TIMEOUT)
 
 
 def broadcast_parameters(tensors: Iterable["Tensor"]) -> None:

@@ -20,6 +20,8 @@ from hydra.core.hydra_config import HydraConfig
 import pusht_act
 from pusht_act import job as job_module
 from pusht_act import main
+from pusht_act.evaluation.evaluate import BATCH
+from pusht_act.evaluation.records import read_episodes
 from pusht_act.job import Result
 from pusht_act.runtime.signals import STOPPING, StopSignal, signals
 from tests.helpers.commands import Commands, appears
@@ -195,10 +197,17 @@ def test_an_evaluation_of_its_own_leaves_at_once_and_nothing_half_written(
     stopping = job(
         "mode=eval", f"checkpoint={run}", "eval.n_episodes=25000", "eval.workers=2", "env.episode_length=300"
     )
-    code, printed = stopping.stopped(number, after=1.5)
+    deadline = time.monotonic() + 60
+    while not list(run.glob(f"eval/*.part/{BATCH}*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    code, printed = stopping.stopped(number)
     assert code == 128 + number
     assert [line for line in printed.splitlines() if "INFO" not in line][-1] == f"pusht-act: stopped by {number.name}"
-    assert not list(run.glob("eval/*"))
+    # Finished batches and their videos, with which the same command continues.
+    [part] = run.glob("eval/*")
+    assert part.suffix == ".part"
+    assert not [path for path in part.iterdir() if path.name.startswith(".")]
+    assert all(read_episodes(batch) for batch in part.glob(f"{BATCH}*"))
     assert stopping.seconds < AT_ONCE_S
 
 

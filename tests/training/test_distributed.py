@@ -137,11 +137,15 @@ def test_a_signal_or_a_death_in_one_process_ends_all_and_the_next_go_on_to_the_s
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, 1)])
 def test_a_script_that_calls_run_ends_as_the_command_does(number: signal.Signals, code: int, tmp_path: Path) -> None:
-    """Without a traceback, whichever rank is sent the signal."""
+    """Without a traceback, whichever rank is sent the signal, and with no thread of gloo left as Python ends."""
     run = tmp_path / "run"
-    # A shell's background job, such as a whole run of the tests, is born with SIGINT ignored.
-    begin = "import signal, sys, pusht_act; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    script = ["-c", f"{begin}; pusht_act.run(sys.argv[1:])", *tiny_command("steps=100000")]
+    begin = [
+        "import atexit, signal, sys, pusht_act, torch.distributed as dist",
+        "atexit.register(lambda: print('gloo runs:', dist.is_initialized()))",
+        # A shell's background job, such as a whole run of the tests, is born with SIGINT ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
+    ]
+    script = ["-c", "; ".join([*begin, "pusht_act.run(sys.argv[1:])"]), *tiny_command("steps=100000")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -166,6 +170,7 @@ def test_a_script_that_calls_run_ends_as_the_command_does(number: signal.Signals
     printed = [(tmp_path / rank).read_text() for rank in "01"]
     assert codes == [code, -signal.SIGKILL if number == signal.SIGKILL else code], printed
     assert not any("Traceback" in text for text in printed), printed
+    assert "gloo runs: False" in printed[0]
     if number == signal.SIGKILL:
         assert "no checkpoint was saved yet: give the same command again with resume.auto=true" in printed[0]
     else:
