@@ -203,9 +203,7 @@ def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
     if stopped.checkpoint is None:
         log.warning("%s, no checkpoint was written", stopped)
         return
-    # mode=resume leaves W&B off unless it is told otherwise.
-    wandb = ["wandb.enable=true"] if config.wandb.enable else []
-    again = ["mode=resume", f"output_dir={run.path}", f"steps={config.steps}", *wandb]
+    again = ["mode=resume", f"output_dir={run.path}", f"steps={config.steps}"]
     if is_finished(Checkpoint(stopped.checkpoint / MODEL_DIR), config):
         log.warning("%s, the last: the run is finished, in %s", stopped, stopped.checkpoint)
     else:
@@ -281,6 +279,7 @@ def _evaluate(job: ResolvedJob) -> Result:
     evaluation = record.load(config.eval.n_videos)
     if evaluation is None:
         evaluation = _run_evaluation(job, checkpoint, record)
+        _log_to_wandb(job, checkpoint, step, evaluation)
     record.append()
     print(f"{checkpoint.path}: {evaluation}; {record.directory}")
     return Result(
@@ -291,6 +290,19 @@ def _evaluate(job: ResolvedJob) -> Result:
         list(evaluation.episodes),
         evaluation.video_paths,
     )
+
+
+def _log_to_wandb(job: ResolvedJob, checkpoint: Checkpoint, step: int, evaluation: "Evaluation") -> None:
+    """Add the evaluation to the W&B run that trained the checkpoint, if W&B is on; to a new one without such a run."""
+    if not job.config.wandb.enable:
+        return
+    from pusht_act.runs.wandb_logger import open_wandb
+
+    wandb = open_wandb(job.config, job.run, checkpoint.wandb_run_id)
+    if wandb is not None:
+        wandb.log({f"test/{key}": value for key, value in evaluation.metrics.items()}, step)
+        wandb.log_videos("test", evaluation.video_paths, evaluation.film_strip, step)
+        wandb.close(failed=False)
 
 
 def _run_evaluation(job: ResolvedJob, checkpoint: Checkpoint, record: "Record") -> "Evaluation":

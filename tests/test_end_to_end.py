@@ -39,7 +39,7 @@ def test_every_mode(in_tmp: Path) -> None:
 
     shown = pusht_act("mode=resume", "output_dir=outputs/act_pusht/test", "steps=6")
     assert "step 6/6: loss" in shown
-    assert len(list((run / "wandb").glob("offline-run-*"))) == 1, "mode=resume has W&B off"
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 2, "mode=resume keeps the run's trackers"
 
     shown = pusht_act("mode=eval", "checkpoint=outputs/act_pusht/test", "eval.n_episodes=2", "eval.batch_size=2")
     assert "seeds 200000 to 200001" in shown

@@ -62,6 +62,15 @@ class Checkpoint:
             return average
 
     @property
+    def wandb_run_id(self) -> str | None:
+        """W&B's id of the run that wrote it; None if there was none, or its training state cannot be read."""
+        try:
+            run_id: str | None = json.loads((self.training_dir / METADATA_FILE).read_text())["wandb_run_id"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return run_id
+
+    @property
     def run_dir(self) -> Path | None:
         """The run directory that the checkpoint belongs to, or None."""
         parent = self.directory.resolve().parent

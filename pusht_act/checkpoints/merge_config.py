@@ -19,7 +19,7 @@ CLI_ONLY_KEYS = {
     *("cluster", "status"),
 }
 """Root keys that mode=resume takes from the command; all others are the checkpoint's."""
-POLICY_KEYS = {"policy", "env", "job_name"}
+EVAL_KEYS = {"policy", "env", "job_name", "wandb"}
 """Root keys that mode=eval takes from the checkpoint; all others are the command's."""
 FIXED_GROUPS = ("policy", "env", "dataset", "experiment")
 """Groups that cannot be chosen again: a whole group would replace values that the checkpoint was trained with."""
@@ -33,7 +33,7 @@ STOCK_ROOT = {
 """Root keys of stock LeRobot's train_config.json, and ours."""
 STOCK_DATASET = ("repo_id", "root", "episodes", "revision", "use_imagenet_stats", "eval_split")
 STOCK_ENV = ("type", "task", "fps", "obs_type", "episode_length", "visualization_width", "visualization_height")
-STOCK_WANDB = ("project", "entity", "notes", "mode")
+STOCK_WANDB = ("project", "entity", "notes", "mode", "add_tags", "disable_artifact")
 
 
 def merge_checkpoint_config(
@@ -64,14 +64,15 @@ def merge_checkpoint_config(
     merged = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(merged, DictConfig)
     for key, value in saved.items():
-        if (key not in CLI_ONLY_KEYS) if resume else (key in POLICY_KEYS):
+        if (key not in CLI_ONLY_KEYS) if resume else (key in EVAL_KEYS):
             # A field that our sections did not have when the checkpoint was written keeps its default.
             merged[key] = OmegaConf.merge(merged[key], value) if key in OUR_SECTIONS else value
-    # Hardware and tracking depend on where the command runs, not on where the checkpoint was written.
+    # Hardware depends on where the command runs, not on where the checkpoint was written.
     merged.policy.device = cfg.policy.device
-    merged.wandb.enable = cfg.wandb.enable
     for override in parse_overrides(overrides):
         key = override.key_or_group
+        if key == "logging":
+            merged.wandb.enable = cfg.wandb.enable
         if key in FIXED_GROUPS:
             if key in saved or key in saved_choices or key == "experiment":
                 _check_choice(key, choices.get(key), saved_choices, checkpoint)
@@ -141,7 +142,7 @@ def _from_stock(train: dict[str, Any]) -> dict[str, Any]:
     if env := train.get("env"):
         config["env"] = {key: env[key] for key in STOCK_ENV if key in env}
     if wandb := train.get("wandb"):
-        config["wandb"] = {"enable": wandb["enable"]} | {key: wandb.get(key) for key in STOCK_WANDB}
+        config["wandb"] = {"enable": wandb["enable"]} | {key: wandb[key] for key in STOCK_WANDB if key in wandb}
     return config
 
 

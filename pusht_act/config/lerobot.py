@@ -201,6 +201,8 @@ def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: 
             notes=config.wandb.notes,
             mode=config.wandb.mode,
             run_id=wandb_run_id,
+            add_tags=config.wandb.add_tags,
+            disable_artifact=config.wandb.disable_artifact,
         ),
     )
 

@@ -13,6 +13,7 @@ from pusht_act.runtime.errors import UserError
 
 NO_EQUIVALENT = {"mirror": 0.0, "random_shift": 0, "state_noise": 0.0, "chunk_discount": 1.0}
 """Options of `train` that stock does not have, and the value that means without."""
+WANDB_FIELDS = ("project", "entity", "mode", "notes", "run_id", "add_tags", "disable_artifact")
 RESTORED = ("policy.optimizer_lr", "policy.optimizer_lr_backbone", "policy.optimizer_weight_decay")
 """What stock takes from the optimizer's saved state on a resume, whatever its command line says."""
 
@@ -75,7 +76,7 @@ def _train_flags(config: Config) -> dict[str, Any]:
         "output_dir": config.output_dir,
         "job_name": config.job_name,
         "wandb.enable": wandb.enable,
-        **_section("wandb", _given({k: getattr(wandb, k) for k in ("project", "entity", "mode", "notes")})),
+        **_section("wandb", _given({key: getattr(wandb, key) for key in WANDB_FIELDS})),
     }
 
 

@@ -206,8 +206,20 @@ class WandbConfig:
     """User or team; null: the login's default."""
     mode: str | None = option(None, choices=("online", "offline", "disabled"))
     """online, offline or disabled; null: online with a login, else offline."""
+    name: str | None = None
+    """Name of the run; null: job_name, in a sweep followed by what varies there."""
+    group: str | None = None
+    """Name that runs share which belong together; null: the folder of a sweep, for its jobs."""
     notes: str | None = None
     """Free text shown with the run."""
+    add_tags: bool = MISSING
+    """Tag the run with its policy, seed, data set and environment, as LeRobot does."""
+    tags: list[str] = field(default_factory=list)
+    """More tags, such as [paper,ablation]."""
+    run_id: str | None = None
+    """W&B's id of a run to continue; null: the one of the checkpoint, or a new run."""
+    disable_artifact: bool = MISSING
+    """Do not upload the checkpoints of save_freq, each with its weights and processors."""
 
 
 @dataclass
@@ -286,7 +298,7 @@ class Config:
     train: TrainConfig = option(factory=TrainConfig, modes=TRAINING)
     ema: EmaConfig = option(factory=EmaConfig, modes=TRAINING)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    wandb: WandbConfig = option(factory=WandbConfig, modes=TRAINING)
+    wandb: WandbConfig = option(factory=WandbConfig, modes=ROLLOUTS)
     demos: DemosConfig = field(default_factory=DemosConfig)
     policy: dict[str, Any] = option(modes=ROLLOUTS)
     """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""

@@ -3,13 +3,13 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from pusht_act.config.schema import Config
 from pusht_act.runs.run_dir import RunDir
-from pusht_act.runs.wandb_logger import WandbLogger, wandb_mode
+from pusht_act.runs.wandb_logger import open_wandb
 from pusht_act.runtime.atomic import write_text
 
 log = logging.getLogger(__name__)
@@ -104,17 +104,28 @@ class LoggerCollection:
         self.wandb_run_id = wandb_run_id
         self._path = run.metrics
         self._loggers: list[Logger] = [JsonlLogger(self._path, resumed_at, pending, rollbacks)]
-        if config.wandb.enable and wandb_mode(config) != "disabled":
-            wandb = WandbLogger(config, run, wandb_run_id)
+        self._wandb = open_wandb(config, run, wandb_run_id)
+        if self._wandb is not None:
             # Where W&B could not be started at all, a later resume still finds the run by its former id.
-            self.wandb_run_id = wandb.run_id
-            self._loggers.append(wandb)
+            self.wandb_run_id = self._wandb.run_id
+            self._loggers.append(self._wandb)
+        self._logs_checkpoints = not config.wandb.disable_artifact
 
     def log(self, group: str, values: dict[str, float], step: int) -> None:
         """Log `values` as `group/NAME`, such as train/loss or eval/pc_success."""
         line = {f"{group}/{key}": value for key, value in values.items()} | self.context()
         for logger in self._loggers:
             logger.log(line, step)
+
+    def log_videos(self, group: str, videos: Sequence[Path], film_strip: Path | None, step: int) -> None:
+        """Send the videos of an evaluation and its film strip to W&B, if it is on."""
+        if self._wandb is not None:
+            self._wandb.log_videos(group, videos, film_strip, step)
+
+    def log_checkpoint(self, model_dir: Path, step: int) -> None:
+        """Send the weights and processors of a checkpoint to W&B, if it is on and takes artifacts."""
+        if self._wandb is not None and self._logs_checkpoints:
+            self._wandb.log_checkpoint(model_dir, step)
 
     def rewind(self, step: int, pending: Collection[int], number: int, diverged_at: int) -> None:
         """Drop the lines of steps after `step`, which are repeated, and log roll-back `number`."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from pusht_act.config.errors import explain
 from pusht_act.config.schema import CONFIG_DIR
-from pusht_act.runs.run_dir import CONFIG_FILE, RunDir
+from pusht_act.runs.run_dir import CONFIG_FILE, RUNS_FILE, RunDir
 from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.system import cores
@@ -60,7 +60,7 @@ def write_provenance(
     try:
         # The first file of a run: until it is there, nothing in the directory counts as use (run_dir.py).
         write_text(run.path / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(config)))
-        with (run.path / "runs.jsonl").open("a") as file:
+        with (run.path / RUNS_FILE).open("a") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
         raise OSError(

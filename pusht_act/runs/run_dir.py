@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 """The composed configuration of the last start: the first file that a run writes."""
+RUNS_FILE = "runs.jsonl"
+"""What made each start of the run, a line for each."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class RunDir:
         lines = map(json.loads, self.metrics.read_text().splitlines())
         values = {key: value for line in lines if line["step"] == step for key, value in line.items()}
         return {key.partition("/")[2]: value for key, value in values.items() if "/" in key and key != "eval/loss"}
+
+    def last_start(self) -> dict[str, Any] | None:
+        """Return what runs.jsonl says of the last start: command, commit, versions, host; None if there is none."""
+        try:
+            started: dict[str, Any] = json.loads((self.path / RUNS_FILE).read_text().splitlines()[-1])
+        except (OSError, ValueError, IndexError):
+            return None
+        return started
 
     def configuration(self) -> dict[str, Any]:
         """Return config.yaml as the last start wrote it; empty if there is none that can be read."""

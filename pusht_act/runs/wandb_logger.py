@@ -1,16 +1,24 @@
-"""The metrics of a run in Weights & Biases, which never stops the training and never asks anything."""
+"""A run in Weights & Biases, which never stops the training and never asks anything.
+
+train/*, eval/*, rollback/*           the lines of metrics.jsonl
+eval/video, eval/film_strip           of the evaluations in training
+test/*                                mode=eval of one of the run's checkpoints
+model-RUN_ID, an artifact             a version for each checkpoint of save_freq, with the alias step-N
+config                                the whole configuration, and what started the run last (runs.jsonl)
+"""
 
 import logging
 import os
+import shlex
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, getproxies, urlopen
 
-from pusht_act.config.schema import Config
+from pusht_act.config.schema import Config, Mode, to_dict
 from pusht_act.runs.run_dir import RunDir
 
 log = logging.getLogger(__name__)
@@ -48,7 +56,11 @@ class WandbLogger:
             except Exception as error:  # such as a login that the server does not know
                 reason = _first_words(error)
         if reason is not None:
-            log.info("W&B: %s, so the run is kept here; `wandb sync %s/wandb/offline-run-*` sends it", reason, run.path)
+            # A resumed run has several parts. Without --append each would take the place of the one before.
+            log.info(
+                "W&B: %s, so the run is kept here; `wandb sync --append %s/wandb/offline-run-*` sends it",
+                reason, shlex.quote(str(run.path)),
+            )  # fmt: skip
             try:
                 self._run = wandb.init(**options, mode="offline")
             except Exception as error:  # such as W&B's own process that does not start
@@ -56,20 +68,45 @@ class WandbLogger:
                 return
         self.run_id, self._failed = self._run.id, False
         self._files = Path(self._run.settings.sync_dir)
+        if reason is None:
+            log.info("W&B: %s", self._run.url)
 
         # W&B's own step may only increase, but a background evaluation is logged after later steps.
-        for group in ("train", "eval", "rollback"):
+        for group in ("train", "eval", "rollback", "test"):
             self._run.define_metric(f"{group}/*", step_metric="step")
 
     def log(self, values: dict[str, Any], step: int) -> None:  # noqa: D102
         if not self._failed:
             self._try(lambda: self._run.log({"step": step, **values}))
 
+    def log_videos(self, group: str, videos: Sequence[Path], film_strip: Path | None, step: int) -> None:
+        """Log the videos of an evaluation and its film strip as GROUP/video and GROUP/film_strip."""
+        from wandb import Image, Video
+
+        media: dict[str, Any] = {}
+        if videos:
+            media[f"{group}/video"] = [Video(str(path), format="mp4") for path in videos]
+        if film_strip is not None:
+            media[f"{group}/film_strip"] = Image(str(film_strip))
+        if media:
+            self.log(media, step)
+
+    def log_checkpoint(self, model_dir: Path, step: int) -> None:
+        """Upload the folder of a checkpoint's weights as a version of the run's model artifact."""
+        if self._failed:
+            return
+        from wandb import Artifact
+
+        artifact = Artifact(f"model-{self.run_id}", type="model", metadata={"step": step})
+        self._try(lambda: artifact.add_dir(str(model_dir)))
+        if not self._failed:
+            self._try(lambda: self._run.log_artifact(artifact, aliases=["latest", f"step-{step}"]))
+
     def close(self, failed: bool) -> None:  # noqa: D102
         if not self._failed:
             self._try(lambda: self._run.finish(exit_code=int(failed)))
 
-    def _try(self, call: Callable[[], None]) -> None:
+    def _try(self, call: Callable[[], object]) -> None:
         """Run `call`. The first one that fails is a warning, and W&B is not called again."""
         try:
             call()
@@ -81,6 +118,18 @@ class WandbLogger:
             )  # fmt: skip
 
 
+def open_wandb(config: Config, run: RunDir, run_id: str | None) -> WandbLogger | None:
+    """Open the W&B run of a job, if W&B is enabled.
+
+    Args:
+        config: The job's.
+        run: Where W&B keeps its files.
+        run_id: The W&B run to continue; wandb.run_id comes before it, and with neither the run is a new one.
+    """
+    is_on = config.wandb.enable and wandb_mode(config) != "disabled"
+    return WandbLogger(config, run, config.wandb.run_id or run_id) if is_on else None
+
+
 def wandb_mode(config: Config) -> str:
     """Return online, offline or disabled: the option, else the environment's WANDB_MODE, else online."""
     return config.wandb.mode or os.environ.get("WANDB_MODE") or "online"
@@ -90,22 +139,36 @@ def _init_options(config: Config, run: RunDir, run_id: str | None) -> dict[str, 
     """Return the arguments of wandb.init, all but the mode."""
     import wandb
 
+    options = config.wandb
+    described = {
+        "project": options.project,
+        "entity": options.entity,
+        "name": (options.name or config.job_name)[:128],
+        "group": options.group,
+        "notes": options.notes,
+        "tags": [*(_tags(config) if options.add_tags else []), *options.tags],
+        "config": {**to_dict(config), "started": run.last_start()},
+        "job_type": "train_eval",
+    }
+    # What evaluates a checkpoint of a run adds to the run, and describes only one of its own.
+    if config.mode is Mode.eval and run_id is not None:
+        described = {"project": options.project, "entity": options.entity}
     return {
-        "project": config.wandb.project,
-        "entity": config.wandb.entity,
-        "name": config.job_name,
-        "notes": config.wandb.notes,
+        **described,
         "dir": run.path,
         "id": run_id,
         "resume": "allow" if run_id else None,
-        "config": {"policy": config.policy, "dataset": config.dataset, "env": config.env, "seed": config.seed,
-                   "steps": config.steps, "batch_size": config.batch_size},
-        "job_type": "train_eval",
         "save_code": False,
         "settings": wandb.Settings(
             init_timeout=WANDB_INIT_S, finish_timeout=WANDB_FINISH_S, finish_timeout_raises=True
         ),
-    }  # fmt: skip
+    }
+
+
+def _tags(config: Config) -> list[str]:
+    """Return LeRobot's tags; W&B takes 64 characters of each."""
+    tags = [f"policy:{config.policy['type']}", f"seed:{config.seed}", f"dataset:{config.dataset['repo_id']}"]
+    return [tag[:64] for tag in (*tags, f"env:{config.env['type']}")]
 
 
 def _why_unreachable(api: Any) -> str | None:

@@ -17,7 +17,16 @@ from pusht_act.config.schema import Mode
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import LockOwner
 from pusht_act.sweeps.backbone_weights import decide_for_sweep
-from pusht_act.sweeps.state import FINISHED, IDENTITY, Job, describe_difference, load_job, result_overrides, write_job
+from pusht_act.sweeps.state import (
+    FINISHED,
+    IDENTITY,
+    Job,
+    describe_difference,
+    load_job,
+    result_overrides,
+    varied_overrides,
+    write_job,
+)
 
 if TYPE_CHECKING:
     from pusht_act.job import Result
@@ -66,6 +75,7 @@ def run_sweep_job(
     ended = replace(started, state="interrupted")
     try:
         decide_for_sweep(cfg, directory)
+        name_in_wandb(cfg, directory, found.overrides)
         result = execute(cfg, node)
         state = "pruned" if result.pruned else "done"
         ended = replace(started, state=state, step=result.step, objective=result.metrics.get(started.metric))
@@ -75,6 +85,13 @@ def run_sweep_job(
     finally:
         write_job(directory, replace(ended, seconds=time.monotonic() - begin))
     return ended.objective
+
+
+def name_in_wandb(cfg: DictConfig, directory: Path, overrides: list[str]) -> None:
+    """Group the jobs of a sweep in W&B by its folder, and name each by what varies, where nothing else was given."""
+    # Two parts: by default they are the date and the time.
+    cfg.wandb.group = cfg.wandb.group or "/".join(directory.absolute().parts[-2:])
+    cfg.wandb.name = cfg.wandb.name or " ".join([cfg.job_name, *varied_overrides(directory, overrides)])
 
 
 def _is_left_alone(job: Job, max_tries: int) -> bool:

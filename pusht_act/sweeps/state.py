@@ -86,6 +86,12 @@ def recorded_overrides(overrides: Sequence[str]) -> list[str]:
     return sorted(kept, key=lambda override: override.startswith(("hydra.", "hydra/")))
 
 
+def varied_overrides(directory: Path, overrides: Sequence[str]) -> list[str]:
+    """Return those of a job's overrides that its sweep does not give to every job."""
+    given = json.loads((directory / IDENTITY).read_text())["overrides"]
+    return [override for override in overrides if override not in given and not override.startswith("output_dir=")]
+
+
 def result_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that affect the results of jobs."""
     return [override for override in overrides if not override.startswith(LAUNCH_KEYS)]

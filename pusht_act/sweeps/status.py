@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
-from pusht_act.runs.run_dir import RunDir
+from pusht_act.runs.run_dir import RUNS_FILE, RunDir
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import read_owner
 from pusht_act.sweeps.state import IDENTITY, Job, load_jobs
@@ -109,7 +109,7 @@ def find_jobs(directory: Path) -> list[Job]:
 
 def _run_as_job(run: RunDir) -> Job:
     """Return a run as a job. It is never `failed`: no file tells a failure from an interruption."""
-    starts = [start for line in _text(run.path / "runs.jsonl").splitlines() if (start := _values(line))]
+    starts = [start for line in _text(run.path / RUNS_FILE).splitlines() if (start := _values(line))]
     last = starts[-1] if starts else {}
     holder, alive = read_owner(run.path)
     progress = read_progress(run.path)

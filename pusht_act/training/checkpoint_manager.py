@@ -11,7 +11,7 @@ What follows a save goes by what the run built on at S, so that files and checkp
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,6 +69,8 @@ class CheckpointManager:
     train_config: TrainPipelineConfig
     metadata: dict[str, Any]
     thread: Executor
+    on_saved: Callable[[Checkpoint, int], None] | None = None
+    """Takes each checkpoint that save_freq asks for, and its step."""
     latest: Checkpoint | None = None
     """The last one that is written."""
     _future: Future[Checkpoint] | None = None
@@ -138,6 +140,8 @@ class CheckpointManager:
             self._on_save_failed()
         else:
             log.info("step %d: saved %s", self._step, self.latest.directory)
+            if self.on_saved is not None and self.is_due(self._step):
+                self.on_saved(self.latest, self._step)
             self.clean_up(self._protected)
         finally:
             self._future = None

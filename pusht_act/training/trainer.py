@@ -306,10 +306,17 @@ class Trainer:
     def on_evaluated(self, step: int, evaluation: Evaluation) -> None:
         """Log the evaluation of `step`, report it, and let it compete for `best`."""
         self._log("eval", evaluation.metrics, step)
+        if self.loggers is not None:
+            self.loggers.log_videos("eval", evaluation.video_paths, evaluation.film_strip, step)
         log.info("step %d: %s", step, evaluation)
         # The study is told first: what it answers concerns the next step, not this result.
         self._pruned = self.report is not None and self.report(step, evaluation.metrics)
         self.checkpoints.update_best(step, list(evaluation.score))
+
+    def on_saved(self, checkpoint: Checkpoint, step: int) -> None:
+        """Upload a checkpoint that is there to stay, with the weights that are evaluated."""
+        if self.loggers is not None:
+            self.loggers.log_checkpoint(checkpoint.evaluated.model_dir, step)
 
     def _log(self, group: str, values: dict[str, float], step: int | None = None) -> None:
         if self.loggers is not None:
@@ -349,6 +356,7 @@ class Trainer:
             self.checkpoints: CheckpointManager = enter(
                 checkpoint_manager(self.config, self.lerobot, self.run, self.components, self.state, self.metadata)
             )
+            self.checkpoints.on_saved = self.on_saved
             self.inputs = enter(closing(self.loader.iter_batches(self.sampler, self.config.batch_size)))
             enter(signals.defer())
             # What a step needs. It may hold on to the parameters, as a CUDA graph does.

@@ -87,7 +87,7 @@ def _plain(value: Any) -> Any:
 def test_the_present_command_decides_how_far_and_where_a_resume_goes(ours: Checkpoint) -> None:
     config = inherited(ours)
     assert (config.mode.value, config.steps, config.output_dir) == ("resume", 150_000, "outputs/act_pusht/train")
-    assert config.wandb.enable is False  # mode=resume, as continue.sh had it
+    assert config.wandb.enable is False  # as in the run
     assert config.policy["device"] == "auto"  # another machine may have another one
     assert inherited(ours, "steps=9", "output_dir=there").output_dir == "there"
 
@@ -207,7 +207,8 @@ def stock(folder: Path, **options: Any) -> Checkpoint:
 
 
 def test_a_resume_of_stocks_checkpoint_goes_on_as_stock_would(tmp_path: Path) -> None:
-    config = inherited(stock(tmp_path))
+    checkpoint = stock(tmp_path)
+    config = inherited(checkpoint)
     lerobot = decode(config)
     assert (config.seed, config.batch_size, config.job_name) == (5, 16, "theirs")
     assert (config.log_freq, config.eval_freq, config.eval_steps, config.save_freq) == (50, 300, 70, 400)
@@ -215,7 +216,9 @@ def test_a_resume_of_stocks_checkpoint_goes_on_as_stock_would(tmp_path: Path) ->
     assert lerobot.dataset.eval_split == 0.5
     assert (lerobot.env.obs_type, lerobot.env.episode_length) == ("environment_state_agent_pos", 250)
     assert (lerobot.policy.chunk_size, lerobot.policy.n_action_steps, lerobot.policy.dim_model) == (20, 10, 64)
-    assert (config.wandb.enable, config.wandb.project, config.wandb.entity) == (False, "theirs", "lab")
+    assert (config.wandb.enable, config.wandb.project, config.wandb.entity) == (True, "theirs", "lab")
+    assert inherited(checkpoint, "wandb.enable=false").wandb.enable is False
+    assert inherited(checkpoint, "logging=local").wandb.enable is False
 
 
 def test_stocks_rates_are_its_optimizers_not_its_policys(tmp_path: Path) -> None:

@@ -11,6 +11,10 @@ from wandb.apis import InternalApi
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined] # made as it is imported
 from wandb.sdk.internal.datastore import DataStore
 
+from pusht_act.runs.loggers import LoggerCollection
+from pusht_act.runs.run_dir import RunDir
+from tests.helpers.config import config
+
 
 def lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a JSON Lines file."""
@@ -48,3 +52,15 @@ def history(path: Path) -> list[dict[str, Any]]:
     """Return the metrics W&B would send, a row a call of `log`."""
     rows = [record.history for record in records(path) if record.HasField("history")]
     return [{item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in row.item} for row in rows]
+
+
+def offline_runs(run: Path) -> list[Path]:
+    """Return the files of the W&B runs that are kept in a run directory, oldest first."""
+    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def log_once(run: Path, *overrides: str) -> str | None:
+    """Log a step to W&B and return the run's id there."""
+    with LoggerCollection(config("wandb.enable=true", *overrides), RunDir(run), 0, None) as metrics:
+        metrics.log("train", {"loss": 0.5}, 1)
+    return metrics.wandb_run_id

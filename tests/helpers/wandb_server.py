@@ -24,7 +24,10 @@ ANSWER = {"data": {"serverInfo": {"features": []}, "upsertBucket": {"bucket": BU
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A W&B server that takes runs in until it is `broken`: then it says nothing more, or only 500."""
+    """A W&B server that takes runs in until it is `broken`: then it says nothing more, or only 500.
+
+    It keeps each run's rows by their offset, as W&B does.
+    """
 
     daemon_threads = True
     broken: str | None = None
@@ -32,6 +35,31 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), self.RequestHandlerClass)
         self.closing = threading.Event()
+        self.rows: dict[str, list[str]] = {}
+
+    def answer(self, path: str, said: bytes) -> dict[str, Any]:
+        """Take in what a client says, and return what it is told."""
+        if path.endswith("/file_stream"):
+            sent = json.loads(said).get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            rows = self.rows.setdefault(path.split("/")[-2], [])
+            rows[sent["offset"] : sent["offset"] + len(sent["content"])] = sent["content"]
+        asked = json.loads(said) if path == "/graphql" else {}
+        run_id = (asked.get("variables") or {}).get("name") or ""
+        if "RunResumeStatus" in asked.get("query", ""):
+            return {"data": {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"},
+                                       "bucket": self._status(run_id)}}}  # fmt: skip
+        answered: dict[str, Any] = json.loads(json.dumps(ANSWER).replace("RUN", run_id))
+        return answered
+
+    def _status(self, run_id: str) -> dict[str, Any] | None:
+        if run_id not in self.rows:
+            return None
+        rows = self.rows[run_id]
+        return {
+            **BUCKET, "name": run_id, "summaryMetrics": "{}", "logLineCount": 0, "eventsLineCount": 0,
+            "historyLineCount": len(rows), "historyTail": json.dumps(rows[-1:]), "eventsTail": "[]", "tags": [],
+            "wandbConfig": '{"t": 1}',
+        }  # fmt: skip
 
     class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -40,8 +68,7 @@ class Server(http.server.ThreadingHTTPServer):
             if broken == "hangs":
                 self.server.closing.wait(HOLD_S)  # type: ignore[attr-defined]
                 return
-            asked = json.loads(said).get("variables", {}) if self.path == "/graphql" else {}
-            body = json.dumps(ANSWER).replace("RUN", asked.get("name") or "").encode()
+            body = json.dumps(self.server.answer(self.path, said)).encode()  # type: ignore[attr-defined]
             self.send_response(500 if broken else 200)
             self.send_header("content-length", str(len(body)))
             self.end_headers()

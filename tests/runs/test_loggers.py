@@ -1,11 +1,8 @@
-"""Metrics: windows whose means survive a checkpoint, metrics.jsonl after a crash, W&B that is never in the way."""
+"""Metrics: windows whose means survive a checkpoint, and metrics.jsonl after a crash."""
 
-import http.server
 import json
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,7 @@ from pusht_act.runs.loggers import JsonlLogger, LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.training.metric_accumulator import MetricAccumulator
 from tests.helpers.config import config
-from tests.helpers.runs import TINY
-from tests.helpers.wandb_runs import forget_settings, history, lines, records
+from tests.helpers.wandb_runs import lines
 
 Tiny = Callable[..., Result]
 
@@ -163,133 +159,3 @@ def test_groups_name_the_metrics(tmp_path: Path) -> None:
         metrics.log("eval", {"pc_success": 10.0}, 1)
     assert untimed(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}, {"step": 1, "eval/pc_success": 10.0}]
     assert not (tmp_path / "wandb").exists()
-
-
-def offline_runs(run: Path) -> list[Path]:
-    return sorted((run / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def log_once(run: Path, *overrides: str) -> str | None:
-    with LoggerCollection(config("wandb.enable=true", *overrides), RunDir(run), 0, None) as metrics:
-        metrics.log("train", {"loss": 0.5}, 1)
-    return metrics.wandb_run_id
-
-
-def test_wandb_keeps_an_offline_run_and_a_resume_continues_it(tmp_path: Path, nobody: None) -> None:
-    run = tmp_path / "run"
-    first = pusht_act.run([*TINY, f"output_dir={run}", "wandb.enable=true", "wandb.mode=offline"])
-    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "wandb.enable=true"])
-    state = json.loads((run / "checkpoints" / "last" / "training_state" / "pusht_act.json").read_text())
-    files = offline_runs(run)
-    assert first.step == 4
-    assert len(files) == 2
-    assert {path.stem for path in files} == {f"run-{state['wandb_run_id']}"}
-    rows = [history(path) for path in files]
-    assert [[row["step"] for row in part if "train/loss" in row] for part in rows] == [[1, 2, 3, 4], [5, 6]]
-    logged = {row["step"]: row["train/loss"] for row in lines(run / "metrics.jsonl")}
-    assert {row["step"]: row["train/loss"] for part in rows for row in part} == logged
-
-
-def test_a_result_that_comes_late_is_drawn_at_its_own_step(tmp_path: Path, nobody: None) -> None:
-    logged = [("train", 2), ("train", 3), ("eval", 2), ("train", 4), ("eval", 4)]
-    with LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, None) as metrics:
-        for group, step in logged:
-            metrics.log(group, {"value": float(step)}, step)
-    rows = [{key: value for key, value in row.items() if key[0] != "_"} for row in history(offline_runs(tmp_path)[0])]
-    assert rows == [{"step": step, f"{group}/value": step} for group, step in logged]
-    axes = {record.metric.glob_name or record.metric.name: record.metric.step_metric
-            for record in records(offline_runs(tmp_path)[0]) if record.HasField("metric")}  # fmt: skip
-    assert axes.items() >= {("train/*", "step"), ("eval/*", "step"), ("rollback/*", "step")}
-
-
-@pytest.mark.slow
-def test_a_resume_without_wandb_keeps_the_run_for_a_later_one(tmp_path: Path, nobody: None) -> None:
-    run = tmp_path / "run"
-    pusht_act.run([*TINY, f"output_dir={run}", "wandb.enable=true"])
-    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=5"])
-    assert len(offline_runs(run)) == 1
-    pusht_act.run(["mode=resume", f"output_dir={run}", "steps=6", "logging=wandb"])
-    assert len({path.stem for path in offline_runs(run)}) == 1
-
-
-@pytest.mark.parametrize("mode", ["null", "online"])
-def test_without_a_login_the_run_is_kept_offline_in_one_line(
-    mode: str, tmp_path: Path, nobody: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with caplog.at_level("INFO"):
-        log_once(tmp_path, f"wandb.mode={mode}")
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("pusht_act")]
-    assert len(said) == 1
-    assert "no login" in said[0]
-    assert f"wandb sync {tmp_path}/wandb/offline-run-*" in said[0]
-    assert capfd.readouterr() == ("", "")  # and W&B itself says nothing
-    assert len(offline_runs(tmp_path)) == 1
-
-
-def test_a_server_out_of_reach_puts_the_run_offline_at_once(
-    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    forget_settings(monkeypatch)
-    with caplog.at_level("INFO"):
-        log_once(tmp_path)
-    assert "127.0.0.1:9 cannot be reached" in caplog.text
-    assert len(offline_runs(tmp_path)) == 1
-
-
-class Refusing(http.server.BaseHTTPRequestHandler):
-    """A W&B server that does not know the login."""
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers.get("content-length", 0)))
-        self.send_response(401)
-        self.end_headers()
-
-    do_GET = do_POST  # noqa: N815
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-def test_a_login_that_is_refused_puts_the_run_offline(
-    tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
-    forget_settings(monkeypatch)
-    with caplog.at_level("INFO"):
-        log_once(tmp_path)
-    server.shutdown()
-    server.server_close()
-    assert "the run is kept here" in caplog.text
-    assert len(offline_runs(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("how", ["option", "environment"])
-def test_wandb_can_be_disabled(how: str, tmp_path: Path, nobody: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if how == "environment":
-        monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert log_once(tmp_path, *(["wandb.mode=disabled"] if how == "option" else [])) is None
-    assert untimed(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}]
-    assert not (tmp_path / "wandb").exists()
-
-
-@pytest.mark.parametrize("failed", [False, True])
-def test_a_run_that_ends_in_an_exception_has_failed_in_wandb(failed: bool, tmp_path: Path, nobody: None) -> None:
-    with suppress(ValueError), LoggerCollection(config("wandb.enable=true"), RunDir(tmp_path), 0, None):
-        if failed:
-            raise ValueError("the loss became nan")
-    (exit_,) = [record.exit for record in records(offline_runs(tmp_path)[0]) if record.HasField("exit")]
-    assert exit_.exit_code == int(failed)
-
-
-def test_the_options_of_wandb_reach_its_run(tmp_path: Path, nobody: None) -> None:
-    log_once(tmp_path, "wandb.project=mine", "wandb.entity=lab", "wandb.notes=why", "job_name=named", "seed=77")
-    (run,) = [record.run for record in records(offline_runs(tmp_path)[0]) if record.HasField("run")]
-    assert (run.project, run.entity, run.notes, run.display_name) == ("mine", "lab", "why", "named")
-    assert run.job_type == "train_eval"
-    values = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert (values["seed"], values["policy"]["dim_model"]) == (77, 512)
