@@ -1,6 +1,7 @@
 """Training that is killed again and again comes to the same bits: how often, where, and what each kill cost.
 
     python benchmarks/torture.py --kills 200
+    python benchmarks/torture.py --kills 50 --images
 
 A small run is killed (SIGKILL) at random moments and at chosen ones, such as in a save or when a link is switched, and
 the same command is given again (resume.auto=true) until it is done; then the next run begins, until all kills are
@@ -40,6 +41,12 @@ COMMAND = [
     "resume.auto=true",
 ]
 """Of seconds, every part of it real: saves, prunings, links and evaluations beside training all the time."""
+IMAGES = [
+    *("env=pusht", "policy.pretrained_backbone_weights=null", "train.backbone_norm=batch", "train.precision=bf16"),
+    *("train.mirror=0.5", "train.random_shift=4", "train.state_noise=2", "train.chunk_discount=0.9", "ema.enable=true"),
+    *("save_freq=5", "eval_freq=10", "+scheduler.type=cosine_annealing_with_warmup", "+scheduler.num_warmup_steps=5"),
+]
+"""The same from images, with every option that draws random numbers or keeps a state of its own."""
 MOMENTS = {
     "any": "",
     "save": r"\.\d+\.part",
@@ -50,17 +57,19 @@ MOMENTS = {
     "start": "",
 }
 """When a run is killed, and the name that appears then."""
-LONGEST = 0.8
+LONGEST, LONGEST_IMAGES = 0.8, 8.0
 """Seconds of training, at most, before a kill at any moment."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`kills` signals `number`, at moments drawn by `chance`."""
+    """`kills` signals `number` to `command`, at moments drawn by `chance`."""
 
+    command: list[str]
+    longest: float
     kills: int
     chance: random.Random
-    number: int = signal.SIGKILL
+    number: int
 
 
 @dataclass
@@ -73,18 +82,18 @@ class Tally:
     runs: int = 0
 
 
-def torture(folder: Path, kills: int, seed: int, number: int = signal.SIGKILL) -> Tally:
-    """Runs in `folder` until `kills` were spent.
+def torture(folder: Path, plan: Plan) -> Tally:
+    """Runs in `folder` until all kills were spent.
 
     Raises:
         AssertionError: something is not as in the run that was left alone.
     """
-    plan, tally = Plan(kills, random.Random(seed), number), Tally()
+    tally = Tally()
     with Commands() as commands:
         output = folder / "output"
-        assert commands.run([*COMMAND, f"output_dir={folder / 'whole'}"], output) == 0, output.read_text()
+        assert commands.run([*plan.command, f"output_dir={folder / 'whole'}"], output) == 0, output.read_text()
         expected = outcome(folder / "whole")
-        while sum(tally.kills.values()) < kills:
+        while sum(tally.kills.values()) < plan.kills:
             run = folder / f"run-{tally.runs}"
             one_run(commands, run, expected, plan, tally)
             tally.runs += 1
@@ -96,7 +105,7 @@ def one_run(commands: Commands, run: Path, expected: dict[str, Any], plan: Plan,
     output = run.with_suffix(".output")
     saved, reached, moment = 0, 0, ""
     while True:
-        pid = commands.start([*COMMAND, f"output_dir={run}"], output)
+        pid = commands.start([*plan.command, f"output_dir={run}"], output)
         killed = ""
         if sum(tally.kills.values()) < plan.kills:
             killed = kill(pid, run, output, plan)
@@ -127,7 +136,7 @@ def one_run(commands: Commands, run: Path, expected: dict[str, Any], plan: Plan,
 def kill(pid: int, run: Path, output: Path, plan: Plan) -> str:
     """Send the signal at a moment drawn by chance; return the moment's name, or none if the process ended before."""
     moment = plan.chance.choice([*MOMENTS])
-    after, nth = plan.chance.uniform(0, LONGEST), plan.chance.randint(1, 3)
+    after, nth = plan.chance.uniform(0, plan.longest), plan.chance.randint(1, 3)
     pattern, began = re.compile(MOMENTS[moment] or "never"), 0.0
     if moment == "start":
         time.sleep(after)
@@ -236,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--stops", type=int, default=0, help="graceful stops after the kills, each by SIGTERM")
+    parser.add_argument("--images", action="store_true", help="from images, with all options of the recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     parser.add_argument("--output", type=Path, default=Path("outputs/torture.json"))
@@ -244,11 +254,14 @@ def main() -> None:
     found = record(args)
     began = time.monotonic()
     rows = []
+    command, longest = ([*COMMAND, *IMAGES], LONGEST_IMAGES) if args.images else (COMMAND, LONGEST)
     for signalled, count in ((args.signal, args.kills), ("TERM", args.stops)):
         if count:
             with tempfile.TemporaryDirectory() as folder:
+                number = getattr(signal, f"SIG{signalled}")
+                plan = Plan(command, longest, count, random.Random(args.seed), number)
                 try:
-                    tally = torture(Path(folder), count, args.seed, getattr(signal, f"SIG{signalled}"))
+                    tally = torture(Path(folder), plan)
                 except AssertionError as error:
                     sys.exit(str(error))
             rows += table(tally, f"SIG{signalled}")
