@@ -80,6 +80,8 @@ class TrainerState:
 
     A later save removes them, except the best one and those of `pending`."""
     wandb_run_id: str | None = None
+    dataset: str | None = None
+    """Hash of the data set that it was trained on; None in a checkpoint that does not record it."""
     elapsed_s: float = 0.0
     """Seconds of training so far, in all processes of the run, but without the time in which none ran."""
 

@@ -29,6 +29,7 @@ STOCK_ROOT = {
     # Renamed in LeRobot 0.6.
     "eval_freq": "eval_freq",
     "env_eval_freq": "eval_freq",
+    "rename_map": "rename_map",
 }
 """Root keys of stock LeRobot's train_config.json, and ours."""
 STOCK_DATASET = ("repo_id", "root", "episodes", "revision", "use_imagenet_stats", "eval_split")
@@ -69,6 +70,8 @@ def merge_checkpoint_config(
             merged[key] = OmegaConf.merge(merged[key], value) if key in OUR_SECTIONS else value
     # Hardware depends on where the command runs, not on where the checkpoint was written.
     merged.policy.device = cfg.policy.device
+    # A permission for this command, not for all that come after it.
+    merged.dataset.allow_change = cfg.dataset.allow_change
     for override in parse_overrides(overrides):
         key = override.key_or_group
         if key == "logging":

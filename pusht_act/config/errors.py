@@ -54,6 +54,9 @@ HINTS = {
     **dict.fromkeys(("log_interval", "log_every"), "log_freq"),
     **dict.fromkeys(("ckpt_path", "checkpoint_path"), "checkpoint (mode=eval) or resume.path (mode=resume)"),
     "wandb_project": "wandb.project",
+    **dict.fromkeys(("dataset.rename", "dataset.rename_map", "policy.rename_map"), "rename_map"),
+    **dict.fromkeys(("observations", "dataset.features", "policy.observations"), "dataset.observations"),
+    "allow_change": "dataset.allow_change",
     **RENAMED,
 }
 """What to give in place of a name that is not there."""

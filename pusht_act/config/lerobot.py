@@ -42,7 +42,7 @@ from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.policies.act.configuration_act import ACTConfig
 
 from pusht_act.config.lerobot_fields import FIELDS_FILE
-from pusht_act.config.schema import Config
+from pusht_act.config.schema import OUR_DATASET_KEYS, Config
 from pusht_act.runtime.errors import UserError, join_some
 
 # Classes of LeRobot that other rooms take from here, so that each room imports LeRobot in one place.
@@ -193,6 +193,7 @@ def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: 
         save_freq=config.save_freq,
         optimizer=lerobot.optimizer,
         scheduler=lerobot.scheduler,
+        rename_map=config.rename_map,
         eval=EvalConfig(n_episodes=config.eval.n_episodes, batch_size=config.eval.batch_size),
         wandb=WandBConfig(
             enable=config.wandb.enable,
@@ -211,7 +212,8 @@ def _decode_dataset(section: dict[str, Any]) -> DatasetConfig:
     for key, value in section.items():
         if key not in DATASET_KEYS and key in {f.name for f in dataclasses.fields(DatasetConfig)}:
             raise UserError(f"dataset.{key}={value} is not supported: leave it out")
-    dataset: DatasetConfig = _decode("dataset", DatasetConfig, {"video_backend": "pyav", **section})
+    stock = {key: value for key, value in section.items() if key not in OUR_DATASET_KEYS}
+    dataset: DatasetConfig = _decode("dataset", DatasetConfig, {"video_backend": "pyav", **stock})
     return dataset
 
 

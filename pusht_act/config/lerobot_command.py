@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pusht_act.config.schema import AUTO, EMBEDDED_REPO_ID, Config, Mode
+from pusht_act.config.schema import AUTO, EMBEDDED_REPO_ID, OUR_DATASET_KEYS, Config, Mode
 from pusht_act.runtime.errors import UserError
 
 NO_EQUIVALENT = {"mirror": 0.0, "random_shift": 0, "state_noise": 0.0, "chunk_discount": 1.0}
@@ -56,11 +56,22 @@ def _train_flags(config: Config) -> dict[str, Any]:
             f"policy.pretrained_path={path} has no equivalent: lerobot-train takes the statistics of the data set in "
             "place of the checkpoint's; leave it out"
         )
+    if (observations := config.dataset.get("observations")) is not None:
+        raise UserError(
+            f"dataset.observations={observations} has no equivalent: lerobot-train reads all that a data set has; "
+            "leave it out"
+        )
+    if config.rename_map:
+        raise UserError(
+            f"rename_map={config.rename_map} has no equivalent: lerobot-train renames for a pretrained policy only; "
+            "leave it out"
+        )
     _check_step(config)
+    dataset = {key: value for key, value in config.dataset.items() if key not in OUR_DATASET_KEYS}
     # Named one by one: what stock LeRobot does not know must not reach its command line.
     wandb = config.wandb
     return {
-        **_section("dataset", {"video_backend": "pyav", **_given(config.dataset)}),
+        **_section("dataset", {"video_backend": "pyav", **_given(dataset)}),
         **_section("env", config.env),
         **_section("policy", _policy(config)),
         "seed": config.seed,

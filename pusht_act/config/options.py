@@ -32,6 +32,8 @@ class Option:
     """Why the range or the choices are as they are."""
     instead: str = ""
     """What to give in a mode that does not use it."""
+    meaning: str = ""
+    """What it does, of an option of ours among LeRobot's; a field of the schema has a docstring."""
 
     @property
     def bounded(self) -> bool:

@@ -53,7 +53,8 @@ def reference() -> str:
             assert isinstance(section.type, type)
             parts.append(_section(section.name, section.type, _values(defaults, section.name), explained))
     for name, file in LEROBOT_SECTIONS.items():
-        parts.append(_lerobot_section(name, _read(file) if file else {}, explained[f"Config.{name}"]))
+        values = defaults.get(name, {}) | (_read(file) if file else {})
+        parts.append(_lerobot_section(name, values, explained[f"Config.{name}"]))
     parts.append(_section("hydra.sweeper", OptunaConfig, _read("hydra/sweeper/optuna.yaml"), explained))
     return "\n".join(parts)
 
@@ -75,7 +76,11 @@ def _lerobot_section(name: str, defaults: dict[str, Any], meaning: str) -> str:
     """Return the table of the fields of LeRobot's that have a default or a range of ours."""
     bounded = [key.partition(".")[2] for key in LEROBOT_OPTIONS if key.startswith(f"{name}.")]
     keys = dict.fromkeys([*defaults, *bounded])
-    rows = [_row(f"{name}.{key}", defaults.get(key), "", given=key in defaults) for key in keys]
+    rows = [
+        _row(f"{name}.{key}", defaults.get(key), OPTIONS[f"{name}.{key}"].meaning if key in bounded else "",
+             given=key in defaults)
+        for key in keys
+    ]  # fmt: skip
     return _table(f"`{name}`", f"{meaning} Other fields are reached by `+{name}.NAME=VALUE`.", rows)
 
 

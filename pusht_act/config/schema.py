@@ -300,6 +300,8 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = option(factory=WandbConfig, modes=ROLLOUTS)
     demos: DemosConfig = field(default_factory=DemosConfig)
+    rename_map: dict[str, str] = option(factory=dict, modes=TRAINING)
+    """The data set's names of features and the environment's, such as {observation.images.top: observation.image}."""
     policy: dict[str, Any] = option(modes=ROLLOUTS)
     """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""
     env: dict[str, Any] = option(modes=NOT_STATUS)
@@ -334,13 +336,23 @@ LEROBOT_OPTIONS: dict[str, Option] = {
         for name in ("episode_length", "fps", "visualization_width", "visualization_height")
     },
     "dataset.eval_split": Option(kind=float, ge=0, lt=1),
+    "dataset.observations": Option(
+        meaning="The observations to read, by the data set's names, such as [observation.image, observation.state]; "
+        "null: all."
+    ),
+    "dataset.allow_change": Option(
+        choices=(True, False),
+        meaning="Let a run resume on a data set of other content. It keeps the statistics that it began with.",
+    ),
     "optimizer.grad_clip_norm": Option(kind=float, ge=0),
     "optimizer.eps": Option(kind=float, ge=0),
     "scheduler.num_decay_steps": Option(kind=int, ge=1),
     "scheduler.peak_lr": Option(kind=float, gt=0, reason="LeRobot divides by it"),
     "scheduler.decay_lr": Option(kind=float, ge=0),
 }
-"""Bounds of LeRobot's fields, which are checked where a configuration names them."""
+"""Bounds of LeRobot's fields, which are checked where a configuration names them, and options of ours among them."""
+OUR_DATASET_KEYS = ("observations", "allow_change")
+"""Options of `dataset` that LeRobot does not have."""
 
 
 def register() -> None:

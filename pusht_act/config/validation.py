@@ -216,16 +216,23 @@ def _check_dataset(config: Config) -> None:
         raise UserError(f"dataset.repo_id={dataset.get('repo_id')} is no name: give one such as lerobot/pusht")
     # They are a file of the package: there is no folder to read and no revision.
     if dataset["repo_id"] == EMBEDDED_REPO_ID:
-        for key in ("root", "revision"):
-            if dataset.get(key):
+        given = {f"dataset.{key}": dataset.get(key) for key in ("root", "revision", "observations")}
+        for key, value in {**given, "rename_map": config.rename_map}.items():
+            if value:
                 raise UserError(
-                    f"dataset.{key}={dataset[key]} means nothing for the built-in demonstrations: "
+                    f"{key}={value} means nothing for the built-in demonstrations: "
                     "leave it out, or give dataset=pusht or pusht_keypoints with it"
                 )
     episodes = dataset.get("episodes")
     if episodes is not None and not _are_numbers(episodes):
         raise UserError(
             f"dataset.episodes={episodes} is no list of different numbers: give one such as [0,1,2], or leave it out"
+        )
+    observations = dataset.get("observations")
+    if observations is not None and not (isinstance(observations, list) and {*map(type, observations)} == {str}):
+        raise UserError(
+            f"dataset.observations={observations} is no list of names: give one such as "
+            "[observation.image,observation.state], or leave it out"
         )
     # Without held-out episodes the validation loss would be that of nothing.
     if config.eval_steps and not dataset.get("eval_split"):

@@ -25,7 +25,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from pusht_act.runtime.atomic import new_dir
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Part of every folder's name; increase it when the layout changes."""
+"""Part of every folder's name; increase it when the layout changes, or what the same files are decoded to."""
 BAR_DELAY_S = 1.0
 """How long writing and checking take before a progress bar shows them."""
 FLUSH_BYTES = 64 << 20
@@ -60,9 +60,13 @@ class FrameDataset:
     """The features of LeRobot's info.json."""
     stats: dict[str, Any]
     """LeRobot's stats.json."""
-    fps: int
+    fps: float
     key: str = ""
-    """Name of the folder in the cache, a hash of the content; empty for frames that are not from the cache."""
+    """Hash of the content, by which runs know the data set again; empty for frames that are not from the cache."""
+    incomplete: dict[int, str] = field(default_factory=dict)
+    """Episodes that lack a picture, and which one."""
+    notice: str = ""
+    """What is said of the data set whenever it is opened; empty where nothing is odd."""
 
     def __len__(self) -> int:
         return int(self.episodes[-1, 1])
@@ -85,7 +89,9 @@ class BuiltDataset:
     tasks: list[str]
     features: dict[str, Any]
     stats: dict[str, Any]
-    fps: int
+    fps: float
+    incomplete: dict[int, str] = field(default_factory=dict)
+    notice: str = ""
 
 
 def cache_root() -> Path:
@@ -164,6 +170,8 @@ def _write(part: Path, folder: Path, build: Callable[[Allocate], BuiltDataset]) 
         "features": contents.features,
         "stats": contents.stats,
         "fps": contents.fps,
+        "incomplete": [*contents.incomplete.items()],
+        "notice": contents.notice,
     }
     meta = json.dumps(record)
     (part / "meta.json").write_text(f"{zlib.crc32(meta.encode())}\n{meta}")
@@ -210,7 +218,9 @@ def _load(repo_id: str, folder: Path) -> FrameDataset:
         features=meta["features"],
         stats=meta["stats"],
         fps=meta["fps"],
-        key=folder.name,
+        key=folder.name.removesuffix(f"-v{FORMAT}"),
+        incomplete=dict(meta.get("incomplete", ())),
+        notice=meta.get("notice", ""),
     )
 
 

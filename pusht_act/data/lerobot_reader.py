@@ -1,17 +1,14 @@
-"""Read a LeRobotDataset v3.0 into a FrameDataset: parquet by PyArrow, video by PyAV.
+"""Decode a LeRobotDataset v3.0 into a FrameDataset: parquet by PyArrow, video by PyAV.
 
-The format is meta/info.json (features, paths), meta/stats.json, meta/episodes/**.parquet (one row an episode),
-data/**.parquet (one row a frame) and videos/<key>/**.mp4 (several episodes one after the other in a file).
+The metadata has been read and checked (lerobot_metadata.py). Here are data/**.parquet (one row a frame) and
+videos/<key>/**.mp4 (several episodes one after the other in a file).
 """
 
 import hashlib
-import json
 import logging
-import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -19,14 +16,16 @@ from typing import Any
 import av
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
+from jaxtyping import Float64, Int64
 from PIL import Image
 from tqdm import tqdm
 
 from pusht_act.config.lerobot import DatasetConfig
 from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, load_or_build
-from pusht_act.data.lerobot import find_dataset
-from pusht_act.runtime.errors import UserError
+from pusht_act.data.dataset_files import DatasetError, content_hash, iter_parquet, numbers, read_parquet, show
+from pusht_act.data.lerobot import ACTION, find_dataset
+from pusht_act.data.lerobot_metadata import Metadata, path_within, read_metadata
 from pusht_act.runtime.signals import signals
 from pusht_act.runtime.system import cores
 
@@ -35,216 +34,253 @@ log = logging.getLogger(__name__)
 # Long against the distance between two key frames, from which a thread has to start.
 FRAMES_PER_PART = 1000
 """Frames of a video file that one thread decodes at a time."""
-ROWS_PER_BATCH = 500
-"""Rows of a parquet file that are in memory at a time, with their images if they have any."""
+ROUNDING_S = 1e-5
+"""By how much times in seconds may differ from those that were meant: they are float32."""
 
 
-def open_lerobot_dataset(dataset: DatasetConfig) -> FrameDataset:
-    """Open the data set that `dataset` names; it is decoded into the cache when it is first opened.
+def read_dataset_metadata(dataset: DatasetConfig) -> Metadata:
+    """Find the data set that `dataset` names and read its metadata.
 
     Raises:
         FileNotFoundError: It is neither at `root`, nor in LeRobot's local folders, nor on the Hub.
         UserError: It has another format version, or a file is damaged.
     """
-    root = Path(dataset.root) if dataset.root else find_dataset(dataset)
-    info = _read_info(root)
-    return load_or_build(dataset.repo_id, _content_hash(root), lambda allocate: _decode(root, info, allocate))
+    return read_metadata(Path(dataset.root) if dataset.root else find_dataset(dataset))
 
 
-def _read_info(root: Path) -> dict[str, Any]:
-    path = root / "meta" / "info.json"
-    try:
-        info = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(
-            f"dataset.root={root} holds no LeRobot data set (no meta/info.json): give dataset.root=PATH of one"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): fetch the data set again") from error
-    if not isinstance(info, dict):
-        raise UserError(f"{path} is damaged (no JSON object): fetch the data set again")
-    version = info.get("codebase_version")
-    if version != "v3.0":
-        raise UserError(
-            f"dataset.root={root} has format {version}, this reads v3.0: convert it with "
-            "python -m lerobot.scripts.convert_dataset_v21_to_v30"
-        )
-    _check_names(path, info)
-    return info
+def open_lerobot_dataset(
+    dataset: DatasetConfig, metadata: Metadata | None = None, names: dict[str, str] | None = None
+) -> FrameDataset:
+    """Open the data set that `dataset` names; it is decoded into the cache when it is first opened.
 
-
-def _check_names(path: Path, info: dict[str, Any]) -> None:
-    """Check that the names in info.json cannot lead outside the data set or the cache.
-
-    A feature names a file of the cache, a path template files of the data set.
-    """
-    features = info.get("features")
-    numbers = (info.get(key) for key in ("total_frames", "total_episodes", "fps"))
-    if not isinstance(features, dict) or not all(isinstance(number, int | float) for number in numbers):
-        raise UserError(f"{path} is damaged (no features, total_frames, total_episodes or fps): fetch it again")
-    for key, feature in features.items():
-        sound = isinstance(feature, dict) and {"dtype", "shape"} <= {*feature} and re.fullmatch(r"\w[\w. -]*", key)
-        if not sound:
-            raise UserError(
-                f"{path}: feature {key[:60]!r} is no name with a dtype and a shape: fetch the data set again"
-            )
-    for key in ("data_path", "video_path"):
-        if info.get(key) is not None:
-            _within(path.parent.parent, info[key], key, video_key="x", chunk_index=0, file_index=0)
-
-
-def _within(root: Path, template: Any, key: str, **values: Any) -> Path:
-    """Return the file that a path template of info.json names.
+    Args:
+        dataset: LeRobot's configuration.
+        metadata: The data set's, if it has been read.
+        names: The features to read, by their name in the data set, with the name that they get; None: the action and
+            all observations.
 
     Raises:
-        UserError: The template is invalid, or the file is outside `root`.
+        FileNotFoundError: It is neither at `root`, nor in LeRobot's local folders, nor on the Hub.
+        UserError: It has another format version, or a file is damaged.
     """
-    # By name, without resolving links: files in the Hub's cache are links to elsewhere.
-    try:
-        path: Path = root / template.format(**values)
-        inside = ".." not in path.relative_to(root).parts
-    except (ValueError, KeyError, IndexError, AttributeError, TypeError):
-        inside = False
-    if not inside:
-        raise UserError(
-            f"{root / 'meta' / 'info.json'}: {key}={str(template)[:80]!r} names no file within the data set: "
-            "fetch it from a source that you trust"
-        )
-    return path
+    metadata = metadata or read_dataset_metadata(dataset)
+    if names is None:
+        names = {key: key for key in metadata.info.features if key.startswith("observation.") or key == ACTION}
+    # Rewards, indices and time stamps are of no use to training: they are not cached.
+    source = [content_hash(metadata.root), sorted(names.items())]
+    key = hashlib.sha256(repr(source).encode()).hexdigest()[:24]
+    frames = load_or_build(dataset.repo_id, key, lambda allocate: _decode(metadata, names, allocate))
+    if frames.notice:
+        log.warning("%s: %s", dataset.repo_id, frames.notice)
+    return frames
 
 
-def _content_hash(root: Path) -> str:
-    # Of names within the data set and contents: a data set that was moved or copied is decoded once.
-    digest = hashlib.sha256()
-    for path in sorted(p for folder in ("meta", "data", "videos") for p in (root / folder).rglob("*") if p.is_file()):
-        digest.update(path.relative_to(root).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:24]
-
-
-def _decode(root: Path, info: dict[str, Any], allocate: Allocate) -> BuiltDataset:
-    # Rewards, indices and timestamps are of no use to training: do not cache them.
-    features = {k: f for k, f in info["features"].items() if k.startswith("observation.") or k == "action"}
-    total = info["total_frames"]
-    episodes = _read_parquet(root / "meta" / "episodes", ["dataset_from_index", "dataset_to_index", "tasks"])
-    bounds = np.stack([episodes["dataset_from_index"].to_numpy(), episodes["dataset_to_index"].to_numpy()], axis=1)
-    if len(bounds) != info["total_episodes"] or bounds[-1, 1] != total:
-        raise UserError(f"{root / 'meta'} is damaged: info.json and episodes disagree; fetch the data set again")
+def _decode(metadata: Metadata, names: dict[str, str], allocate: Allocate) -> BuiltDataset:
+    info, total = metadata.info, metadata.info.total_frames
+    timestamps, notice = _read_timestamps(metadata)
+    features = {key: info.features[key] for key in names}
     specs: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, feature in features.items():
-        if feature["dtype"] in ("video", "image"):
-            if (feature.get("info") or {}).get("is_depth_map"):
-                raise UserError(f"{root}: {key} is a depth map, which ACT on PushT does not read")
-            height, width, channels = feature["shape"]
-            specs[key] = (total, channels, height, width), "uint8"
+        if feature.is_image:
+            height, width, channels = feature.to_dict()["shape"]
+            specs[names[key]] = (total, channels, height, width), "uint8"
         else:
-            specs[key] = (total, *feature["shape"]), "float32"
-    _fill(root, info, allocate(f"decoding {root}, {total:,} frames", specs))
+            specs[names[key]] = (total, *feature.shape), "float32"
+    arrays = allocate(f"decoding {metadata.root}, {total:,} frames", specs)
+    _copy_columns(metadata, {key: arrays[names[key]] for key, f in features.items() if f.dtype != "video"})
+    incomplete: dict[int, str] = {}
+    for key, feature in features.items():
+        if feature.dtype == "video":
+            incomplete |= _decode_videos(metadata, key, timestamps, arrays[names[key]])
     return BuiltDataset(
-        episodes=bounds,
-        tasks=[task[0] if task else "" for task in episodes["tasks"].to_pylist()],
-        features=features,
-        stats=json.loads((root / "meta" / "stats.json").read_text()),
-        fps=info["fps"],
+        episodes=metadata.episodes,
+        tasks=metadata.tasks,
+        features={names[key]: feature.to_dict() for key, feature in features.items()},
+        stats={names[key]: metadata.stats[key] for key in names if key in metadata.stats},
+        fps=info.fps,
+        incomplete=incomplete,
+        notice=notice,
     )
 
 
-def _fill(root: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    columns = [key for key in arrays if info["features"][key]["dtype"] != "video"]
-    table = _read_parquet(root / "data", ["index", "timestamp"])
-    # The rows of all files together are the frames in order; nothing below would notice a missing file.
-    if not np.array_equal(table["index"].to_numpy(), np.arange(info["total_frames"])):
-        raise UserError(f"{root / 'data'} is damaged: its frames are not 0 to {info['total_frames'] - 1}")
-    _copy_columns(root / "data", info, {key: arrays[key] for key in columns})
-    for key in arrays.keys() - set(columns):
-        _decode_videos(root, info, key, table["timestamp"].to_numpy(), arrays[key])
+def _read_timestamps(metadata: Metadata) -> tuple[Float64[np.ndarray, " N"], str]:
+    """Return the time of each frame within its episode (s), and what is odd about them.
+
+    The rows of all files must be the frames in order.
+    """
+    folder, total, episodes = metadata.root / "data", metadata.info.total_frames, metadata.episodes
+    table = read_parquet(folder, ["index", "episode_index", "timestamp"])
+    if len(table) != total:
+        raise DatasetError(folder, f"holds {len(table)} frames, info.json says total_frames={total}")
+    episode = np.repeat(np.arange(len(episodes)), np.diff(episodes).ravel())
+    for name, expected in (("index", np.arange(total)), ("episode_index", episode)):
+        found = numbers(table, name, folder)
+        if (wrong := found != expected).any():
+            row = int(np.argmax(wrong))
+            raise DatasetError(folder, f"row {row} has {name}={found[row]}, expected {expected[row]}")
+    timestamps: np.ndarray = numbers(table, "timestamp", folder, integer=False).astype(np.float64)
+
+    # Within an episode the frames follow each other at the rate of fps.
+    step, period = np.diff(timestamps), 1 / metadata.info.fps
+    within = np.diff(episode) == 0
+    if (backwards := within & (step <= 0)).any():
+        row = int(np.argmax(backwards)) + 1
+        raise DatasetError(folder, f"row {row} has timestamp={timestamps[row]:.4g}, not after that of the row before")
+    if not (uneven := within & (np.abs(step - period) > period / 2 + ROUNDING_S)).any():
+        return timestamps, ""
+    row = int(np.argmax(uneven)) + 1
+    notice = (
+        f"{uneven.sum()} of {total} frames are not evenly spaced in time: frame {row}, in episode {episode[row]}, comes "
+        f"{step[row - 1]:.3g} s after the one before, at fps={metadata.info.fps:g}"
+    )
+    return timestamps, notice
 
 
-def _copy_columns(folder: Path, info: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    """Copy the columns of the parquet files in `folder`, images among them, into `arrays`."""
-    stop = 0
-    with tqdm(total=info["total_frames"], desc="decoding", unit="frame", delay=1, disable=None) as progress:
-        for batch in _iter_parquet(folder, [*arrays]):
+def _copy_columns(metadata: Metadata, arrays: dict[str, np.ndarray]) -> None:
+    """Copy the columns of the parquet files, images among them, into `arrays`."""
+    folder, stop = metadata.root / "data", 0
+    with tqdm(total=metadata.info.total_frames, desc="decoding", unit="frame", delay=1, disable=None) as progress:
+        for batch in iter_parquet(folder, [*arrays]) if arrays else ():
             start, stop = stop, stop + len(batch)
             for key, array in arrays.items():
-                if info["features"][key]["dtype"] == "image":
+                if metadata.info.features[key].is_image:
                     for i, cell in enumerate(batch[key].to_pylist(), start):
-                        array[i] = np.asarray(Image.open(BytesIO(cell["bytes"])).convert("RGB")).transpose(2, 0, 1)
+                        _put(array, i, _read_picture(cell, folder, f"frame {i}: {key}"), folder, f"frame {i}: {key}")
                 else:
-                    array[start:stop] = batch[key].flatten().to_numpy().reshape(-1, *array.shape[1:])
+                    array[start:stop] = _read_rows(batch[key], array.shape[1:], folder, key)
             progress.update(len(batch))
 
 
-def _decode_videos(root: Path, info: dict[str, Any], key: str, timestamps: np.ndarray, out: np.ndarray) -> None:
-    """Decode every frame of feature `key` into `out` [N, 3, H, W], each the one LeRobot's PyAV reader would pick."""
-    prefix = f"videos/{key}"
-    names = ["dataset_from_index", "dataset_to_index", f"{prefix}/chunk_index", f"{prefix}/file_index"]
-    rows = _read_parquet(root / "meta" / "episodes", [*names, f"{prefix}/from_timestamp"]).to_pylist()
+def _read_rows(column: pa.Array, shape: tuple[int, ...], folder: Path, key: str) -> np.ndarray:
+    """Return a column of numbers or of lists of them, of `shape` each; one number may be stored without a list."""
+    values = column.storage if isinstance(column, pa.ExtensionArray) else column
+    sizes = []
+    while not values.null_count and isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
+        lengths = pc.unique(pc.list_value_length(values)).to_pylist()
+        if len(lengths) != 1:
+            raise DatasetError(folder, f"column {key} holds lists of different lengths, {show(sorted(lengths))}")
+        sizes.append(lengths[0])
+        values = values.flatten()
+    is_number = any(of(values.type) for of in (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean))
+    if values.null_count or not is_number or (tuple(sizes) or (1,)) != shape:
+        gaps = ", with gaps" if values.null_count else ""
+        raise DatasetError(
+            folder, f"column {key} holds {values.type} of shape {sizes or [1]}{gaps}, info.json says {list(shape)}"
+        )
+    rows: np.ndarray = values.to_numpy(zero_copy_only=False).reshape(len(column), *shape)
+    return rows
 
-    # By file, for each episode: the numbers of its frames in the data set, and their times in the file (s).
-    files: dict[Path, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for row in rows:
-        start, stop, chunk, file = (row[name] for name in names)
-        path = _within(root, info["video_path"], "video_path", video_key=key, chunk_index=chunk, file_index=file)
-        times = row[f"{prefix}/from_timestamp"] + timestamps[start:stop]
-        files.setdefault(path, []).append((np.arange(start, stop), times))
 
+def _read_picture(cell: Any, folder: Path, what: str) -> np.ndarray:
+    try:
+        return np.asarray(Image.open(BytesIO(cell["bytes"])).convert("RGB"))
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DatasetError(folder, f"{what} is no picture ({' '.join(str(error).split())[:120]})") from error
+
+
+def _put(out: np.ndarray, index: int, image: np.ndarray, path: Path, what: str) -> None:
+    """Store an image [H, W, 3] as row `index` of `out` [N, 3, H, W]."""
+    if image.shape[:2] != out.shape[2:]:
+        has, says = (f"{height} x {width}" for height, width in (image.shape[:2], out.shape[2:]))
+        raise DatasetError(path, f"{what} is a picture of {has} pixels, info.json says {says}")
+    out[index] = image.transpose(2, 0, 1)
+
+
+def _decode_videos(
+    metadata: Metadata, key: str, timestamps: Float64[np.ndarray, " N"], out: np.ndarray
+) -> dict[int, str]:
+    """Decode every frame of feature `key` into `out` [N, 3, H, W], each the one LeRobot's PyAV reader would pick.
+
+    Returns:
+        The episodes in which a frame has no picture, and where.
+    """
+    parts = [
+        (path, part) for path, spans in _spans_by_file(metadata, key, timestamps).items() for part in _parts(spans)
+    ]
     # Threads of ours, since FFmpeg's would parallelize the decoding alone, a third of the work; the rest is conversion.
-    parts = [(path, part) for path, spans in files.items() for part in _parts(spans)]
-    stop = threading.Event()
+    stop, far = threading.Event(), []
     with (
         tqdm(total=len(out), desc=f"decoding {key}", unit="frame", disable=None) as progress,
         ThreadPoolExecutor(cores()) as pool,
     ):
         try:
-            jobs = [
-                signals.submit(pool, _decode_part, path, part, 0.5 / info["fps"], out, stop) for path, part in parts
-            ]
-            for job in jobs:
+            jobs = [signals.submit(pool, _decode_part, path, part, out, stop) for path, part in parts]
+            for (path, (frames, times)), job in zip(parts, jobs, strict=True):
                 signals.wait(job)
-                progress.update(job.result())
+                distances = job.result()
+                missing = distances > 0.5 / metadata.info.fps + ROUNDING_S
+                far += [(*row, path) for row in zip(frames[missing], times[missing], distances[missing], strict=True)]
+                progress.update(len(frames))
         finally:
             # When one part has failed, or a signal came, the others need not finish.
             stop.set()
+    incomplete: dict[int, str] = {}
+    for frame, time, distance, path in sorted(far):
+        episode = int(np.searchsorted(metadata.episodes[:, 1], frame, side="right"))
+        file = path.relative_to(metadata.root)
+        text = f"{file} has no picture for frame {frame}, at {time:.2f} s: the nearest is {distance:.3g} s away"
+        incomplete.setdefault(episode, text)
+    return incomplete
+
+
+def _spans_by_file(
+    metadata: Metadata, key: str, timestamps: Float64[np.ndarray, " N"]
+) -> dict[Path, list[tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]]]:
+    """Return the frames of each video file, episode by episode: their numbers, and their times in the file (s)."""
+    folder, prefix = metadata.root / "meta" / "episodes", f"videos/{key}"
+    columns = [f"{prefix}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    table = read_parquet(folder, columns)
+    chunks, files = (numbers(table, name, folder).tolist() for name in columns[:2])
+    begins = numbers(table, columns[2], folder, integer=False).astype(np.float64)
+    spans: dict[Path, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for (start, stop), chunk, file, begin in zip(metadata.episodes, chunks, files, begins, strict=True):
+        place = {"video_key": key, "chunk_index": chunk, "file_index": file}
+        path = path_within(metadata.root, metadata.info.video_path, "video_path", **place)
+        spans.setdefault(path, []).append((np.arange(start, stop), begin + timestamps[start:stop]))
+    return spans
 
 
 def _parts(spans: list[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Split the frames of one file, ordered by time, into parts for the threads."""
-    numbers, times = (np.concatenate(each) for each in zip(*spans, strict=True))
+    frames, times = (np.concatenate(each) for each in zip(*spans, strict=True))
     order = np.argsort(times, kind="stable")
     for start in range(0, len(order), FRAMES_PER_PART):
         part = order[start : start + FRAMES_PER_PART]
-        yield numbers[part], times[part]
+        yield frames[part], times[part]
 
 
 def _decode_part(
-    path: Path, wanted: tuple[np.ndarray, np.ndarray], tolerance: float, out: np.ndarray, stop: threading.Event
-) -> int:
-    """Decode frames of a file into `out` and return how many.
+    path: Path, wanted: tuple[np.ndarray, np.ndarray], out: np.ndarray, stop: threading.Event
+) -> Float64[np.ndarray, " n"]:
+    """Decode frames of a file into `out` and return how far each picture is from its frame's time (s).
 
     Args:
         path: The video file.
         wanted: The frames' numbers in `out`, and their times in the file (s), ordered by time.
-        tolerance: How far a frame may be from its time, s.
         out: uint8 [N, 3, H, W].
         stop: Ends the decoding early when set.
     """
-    numbers, times = (each.tolist() for each in wanted)
-    frames = _video_frames(path, times[0] - tolerance)
-    for index, time in zip(numbers, times, strict=True):
-        # LeRobot takes the frame that is nearest in time, which is within half a frame of it.
-        image = next((image for at, image in frames if at > time - tolerance), None)
-        if image is None:
-            raise UserError(f"{path} is damaged: it ends before {time:.1f} s; fetch the data set again")
-        out[index] = image.transpose(2, 0, 1)
+    frames, times = (each.tolist() for each in wanted)
+    distances = np.zeros(len(frames))
+    pictures = _iter_pictures(path, times[0])
+    before, after = None, next(pictures, None)
+    for i, (frame, time) in enumerate(zip(frames, times, strict=True)):
+        # A picture may be the nearest to several frames, or to none: count by time, never by position.
+        while after is not None and after[0] < time:
+            before, after = after, next(pictures, None)
+        near = [picture for picture in (before, after) if picture is not None]
+        if not near:
+            raise DatasetError(path, f"holds no picture from {time:.1f} s on")
+        at, image = min(near, key=lambda picture: abs(picture[0] - time))
+        _put(out, frame, image, path, f"frame {frame}")
+        distances[i] = abs(at - time)
         if stop.is_set():
             break
-    return len(numbers)
+    return distances
 
 
-def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield the time (s) and image (uint8 [H, W, 3]) of each frame, from the last key frame before `start` (s) on."""
+def _iter_pictures(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield the time (s) and image (uint8 [H, W, 3]) of each picture, from a key frame at or before `start` (s) on."""
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
@@ -252,43 +288,10 @@ def _video_frames(path: Path, start: float) -> Iterator[tuple[float, np.ndarray]
             stream.codec_context.thread_count = 1
             # PyAV seeks to the last key frame before `start`; frames in between have to be decoded, too.
             if start > 0 and stream.time_base is not None:
-                container.seek(int(start / stream.time_base), stream=stream)
+                # As LeRobot does, one picture earlier: the one before `start` may be the nearest.
+                container.seek(round(start / stream.time_base) - 1, stream=stream)
             for frame in container.decode(stream):
                 if frame.pts is not None and stream.time_base is not None:
                     yield float(frame.pts * stream.time_base), frame.to_ndarray(format="rgb24")
     except (av.error.FFmpegError, IndexError) as error:
-        raise UserError(f"{path} cannot be decoded ({error}): fetch the data set again") from error
-
-
-def _read_parquet(folder: Path, columns: list[str]) -> pa.Table:
-    """Read columns of the parquet files of `folder` as one table; they should be small."""
-    tables = []
-    for path in _parquet_files(folder):
-        with _readable(path):
-            tables.append(pq.read_table(path, columns=columns))
-    return pa.concat_tables(tables)
-
-
-def _iter_parquet(folder: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows that `_read_parquet` reads, some at a time."""
-    for path in _parquet_files(folder):
-        with _readable(path), pq.ParquetFile(path) as file:
-            # Unlike read_table it would leave out what is missing.
-            if missing := {*columns} - {*file.schema_arrow.names}:
-                raise pa.ArrowInvalid(f"no column {', '.join(sorted(missing))}")
-            yield from file.iter_batches(ROWS_PER_BATCH, columns=columns)
-
-
-def _parquet_files(folder: Path) -> list[Path]:
-    paths = sorted(folder.rglob("*.parquet"))
-    if not paths:
-        raise FileNotFoundError(f"{folder} holds no parquet file: fetch the data set again")
-    return paths
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): fetch it again") from error
+        raise DatasetError(path, f"cannot be decoded ({error})") from error

@@ -1,7 +1,8 @@
 """Open a job's data set, split its episodes, return its features and statistics.
 
 It is built in (builtin_demos.py) or a LeRobotDataset: `find_dataset` in lerobot.py looks in dataset.root, in LeRobot's
-cache and on the Hub.
+cache and on the Hub. Whether that fits the environment is decided from its metadata (choose_features.py), before it is
+decoded.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pusht_act.config.lerobot import LeRobotConfig, PushtEnv, observation_keys
+from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import EMBEDDED_REPO_ID, Config
 from pusht_act.data.cache import FrameDataset
 from pusht_act.data.lerobot import ACTION, IMAGENET_STATS, to_policy_features
@@ -22,7 +23,7 @@ def open_dataset(config: Config, lerobot: LeRobotConfig) -> FrameDataset:
     """Open the data set that `dataset` names: the built-in demonstrations, or one in LeRobot's format.
 
     Raises:
-        UserError: The data set has other observations than `env` gives.
+        UserError: The data set does not fit `env`, or a file of it cannot be used.
         FileNotFoundError: There is no such data set.
     """
     if lerobot.dataset.repo_id == EMBEDDED_REPO_ID:
@@ -30,25 +31,15 @@ def open_dataset(config: Config, lerobot: LeRobotConfig) -> FrameDataset:
         from pusht_act.data.builtin_demos import open_builtin_demos
 
         return open_builtin_demos(config.demos.n_episodes, lerobot.env)
-    from pusht_act.data.lerobot_reader import open_lerobot_dataset
+    from pusht_act.data.choose_features import check_environment, choose_features, needed_statistics
+    from pusht_act.data.lerobot_metadata import check_stats
+    from pusht_act.data.lerobot_reader import open_lerobot_dataset, read_dataset_metadata
 
-    frames = open_lerobot_dataset(lerobot.dataset)
-    _check_observations(frames, lerobot.env)
-    return frames
-
-
-def _check_observations(frames: FrameDataset, env: PushtEnv) -> None:
-    has, needs = frames.arrays.keys() - {ACTION}, observation_keys(env)
-    if ACTION not in frames.arrays:
-        raise UserError(f"dataset {frames.repo_id} has no action to learn")
-    if has == needs:
-        return
-    # Name the environment that would fit the data set.
-    group = "pusht_keypoints" if "observation.environment_state" in has else "pusht"
-    raise UserError(
-        f"dataset {frames.repo_id} has {', '.join(sorted(has))}, but env.obs_type={env.obs_type} gives "
-        f"{', '.join(sorted(needs))}: give env={group}, or a data set that fits the environment"
-    )
+    metadata = read_dataset_metadata(lerobot.dataset)
+    names = choose_features(config, lerobot.env, metadata.info.features)
+    check_environment(config, lerobot.env, metadata, names)
+    check_stats(metadata, needed_statistics(lerobot, metadata, names), lerobot.dataset.repo_id)
+    return open_lerobot_dataset(lerobot.dataset, metadata, names)
 
 
 def normalization_stats(
@@ -63,7 +54,7 @@ def normalization_stats(
     """
     found = statistics_with_mirror_images(frames) if mirror else frames.stats
     stats = {
-        key: {name: torch.tensor(value, dtype=torch.float32) for name, value in found[key].items()}
+        key: {name: torch.tensor(value, dtype=torch.float32) for name, value in found.get(key, {}).items()}
         for key in frames.arrays
     }
     if use_imagenet_stats:
@@ -84,12 +75,13 @@ def split_episodes(frames: FrameDataset, episodes: list[int] | None, eval_split:
         eval_split: Share of the episodes to hold out, in [0, 1).
 
     Raises:
-        UserError: An episode that the data set does not have, or none is left to train on.
+        UserError: An episode that the data set does not have or that lacks a picture, or none is left to train on.
     """
     total = len(frames.episodes)
     chosen = list(range(total)) if episodes is None else episodes
     if outside := [e for e in chosen if e >= total]:
         raise UserError(f"dataset.episodes={outside} are not in {frames.repo_id}: it has 0 to {total - 1}")
+    _check_complete(frames, chosen)
     if not eval_split:
         return chosen, []
     # By task, as stock LeRobot does, although PushT has a single one.
@@ -105,6 +97,23 @@ def split_episodes(frames: FrameDataset, episodes: list[int] | None, eval_split:
     if not train:
         raise UserError(f"dataset.eval_split={eval_split} leaves none of {len(chosen)} episodes to train on: lower it")
     return train, held_out
+
+
+def _check_complete(frames: FrameDataset, chosen: list[int]) -> None:
+    """Refuse episodes with frames for which there is no picture."""
+    lacking = [episode for episode in chosen if episode in frames.incomplete]
+    if not lacking:
+        return
+    rest = [episode for episode in chosen if episode not in frames.incomplete]
+    others = f" (and {len(lacking) - 1} more episodes lack one)" if len(lacking) > 1 else ""
+    # A list of thousands of numbers would bury the message.
+    option = f"'+dataset.episodes=[{','.join(map(str, rest))}]'"
+    without = option if len(option) < 1000 else "+dataset.episodes= without them"
+    remedy = f", or leave out what is not whole: {without}" if rest else ""
+    raise UserError(
+        f"{frames.repo_id}, episode {lacking[0]}: {frames.incomplete[lacking[0]]}{others}: "
+        f"fetch the data set again{remedy}"
+    )
 
 
 def policy_features(frames: FrameDataset) -> tuple[dict[str, Any], dict[str, Any]]:

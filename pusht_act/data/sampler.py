@@ -26,6 +26,8 @@ class EpisodeSampler:
 
     def __init__(self, frames: FrameDataset, episodes: list[int], seed: int) -> None:
         # Sorted: LeRobot's sampler goes through the episodes in order, and a permutation is of positions in this array.
+        self.dataset = frames.key
+        """Hash of the data set that is sampled."""
         bounds = frames.episodes[np.asarray(sorted(episodes))]
         self._seed = seed
         self._indices = np.concatenate([np.arange(start, stop) for start, stop in bounds])

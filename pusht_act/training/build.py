@@ -80,7 +80,7 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
     # The optimizer is loaded in place, then the random streams, the last to be touched.
     if start is None:
         seed_training_noise(config.seed, rank())
-        state = TrainerState()
+        state = TrainerState(dataset=frames.key)
     else:
         state = restore_state(config, lerobot, start, components, sampler)
 

@@ -58,9 +58,11 @@ def restore_state(
     """Load optimizer, schedule and random streams into `components`, move `sampler` to its position; return the state.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or the data set has other content than the checkpoint's.
     """
     state = checkpoint_io.load(start, components)
+    check_dataset(config, start, state.dataset, sampler.dataset)
+    state.dataset = sampler.dataset
     override_restored_hparams(components.optimizer, components.scheduler, lerobot.optimizer, lerobot.policy)
     if components.ema is not None:
         _load_average(start, components.ema)
@@ -84,6 +86,32 @@ def restore_state(
     position = state.sampler or sampler.state_at(state.step, batch_size or config.batch_size, processes)
     sampler.load_state_dict(position, state.rollbacks)
     return state
+
+
+def check_dataset(config: Config, start: Checkpoint, trained_on: str | None, content: str) -> None:
+    """Compare the data set with the one that a checkpoint was trained on.
+
+    Args:
+        config: The job's.
+        start: The checkpoint.
+        trained_on: Hash of its data set; None if it does not record it.
+        content: Hash of the data set that the job has.
+
+    Raises:
+        UserError: They differ, and `dataset.allow_change` is not given.
+    """
+    named = " ".join(f"dataset.{key}={config.dataset[key]}" for key in ("repo_id", "root") if config.dataset.get(key))
+    if trained_on is None:
+        log.info("%s: its data set is not recorded; %s is normalized by its statistics", start.directory, named)
+    elif trained_on == content:
+        return
+    elif not config.dataset.get("allow_change"):
+        raise UserError(
+            f"{named} has other content than what {start.directory} was trained on: give the same data set, or "
+            "dataset.allow_change=true to go on with this one, normalized by the old statistics"
+        )
+    else:
+        log.warning("%s has other content than the checkpoint's data set; the old statistics stay", named)
 
 
 def _load_average(start: Checkpoint, ema: EMA) -> None:

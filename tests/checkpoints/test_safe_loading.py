@@ -287,19 +287,19 @@ def test_an_info_that_lacks_something_is_named(damage: dict[str, Any], dataset: 
     with pytest.raises(ValueError, match=r"info.json"):
         open_lerobot_dataset(dataset_config(dataset))
     (dataset / "meta/info.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"info.json is damaged \(no JSON object\)"):
+    with pytest.raises(ValueError, match=r"info.json: holds \[\], no JSON object: fetch"):
         open_lerobot_dataset(dataset_config(dataset))
 
 
 def test_a_videos_place_in_the_episodes_table_cannot_leave_the_data_set(dataset: Path) -> None:
-    from pusht_act.data.lerobot_reader import _within
+    from pusht_act.data.lerobot_metadata import path_within
 
     for values in ({"video_key": "../../x"}, {"file_index": "../../../x"}):
         with pytest.raises(ValueError, match="names no file within the data set"):
-            _within(
+            path_within(
                 dataset,
                 "videos/{video_key}/{file_index}.mp4",
                 "video_path",
                 **{"video_key": "k", "file_index": 0} | values,
             )
-    assert _within(dataset, "v/{file_index:03d}.mp4", "video_path", file_index=7) == dataset / "v/007.mp4"
+    assert path_within(dataset, "v/{file_index:03d}.mp4", "video_path", file_index=7) == dataset / "v/007.mp4"
