@@ -193,7 +193,7 @@ def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: 
         save_freq=config.save_freq,
         optimizer=lerobot.optimizer,
         scheduler=lerobot.scheduler,
-        rename_map=config.rename_map,
+        rename_map=config.rename_map or {},
         eval=EvalConfig(n_episodes=config.eval.n_episodes, batch_size=config.eval.batch_size),
         wandb=WandBConfig(
             enable=config.wandb.enable,

@@ -300,8 +300,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     wandb: WandbConfig = option(factory=WandbConfig, modes=ROLLOUTS)
     demos: DemosConfig = field(default_factory=DemosConfig)
-    rename_map: dict[str, str] = option(factory=dict, modes=TRAINING)
-    """The data set's names of features and the environment's, such as {observation.images.top: observation.image}."""
+    # Not typed here: Hydra would take no names but those that conf/ has.
+    rename_map: Any = option(None, modes=TRAINING)
+    """Names of features in the data set and what they are called here, such as {observation.images.top:
+    observation.image}."""
     policy: dict[str, Any] = option(modes=ROLLOUTS)
     """LeRobot's ACTConfig; `device: auto` takes cuda when there is one, else cpu."""
     env: dict[str, Any] = option(modes=NOT_STATUS)

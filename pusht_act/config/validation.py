@@ -234,6 +234,12 @@ def _check_dataset(config: Config) -> None:
             f"dataset.observations={observations} is no list of names: give one such as "
             "[observation.image,observation.state], or leave it out"
         )
+    renamed = config.rename_map or {}
+    if not isinstance(renamed, dict) or not {*map(type, (*renamed, *renamed.values()))} <= {str}:
+        raise UserError(
+            f"rename_map={config.rename_map} has no names in pairs: give some such as "
+            "{observation.images.top: observation.image}, or leave it out"
+        )
     # Without held-out episodes the validation loss would be that of nothing.
     if config.eval_steps and not dataset.get("eval_split"):
         raise UserError(f"eval_steps={config.eval_steps} needs held-out episodes: give dataset.eval_split=0.1, say")

@@ -37,12 +37,13 @@ def choose_features(config: Config, env: PushtEnv, features: dict[str, Feature])
         UserError: They are not what `env` gives; or an option names one that is not there.
     """
     repo_id, chosen = config.dataset["repo_id"], config.dataset.get("observations")
-    for option, keys in (("rename_map", config.rename_map), ("dataset.observations", chosen or ())):
+    renamed: dict[str, str] = config.rename_map or {}
+    for option, keys in (("rename_map", renamed), ("dataset.observations", chosen or ())):
         if unknown := [key for key in keys if key not in features]:
             raise UserError(
                 f"{option}: {unknown[0]} is not in dataset {repo_id}: it has {join_some(_candidates(features))}"
             )
-    names = {key: config.rename_map.get(key, key) for key in features}
+    names = {key: renamed.get(key, key) for key in features}
     names = {key: name for key, name in names.items() if name.startswith("observation.") or name == ACTION}
     if chosen is not None:
         names = {key: name for key, name in names.items() if key in chosen or name == ACTION}

@@ -130,8 +130,8 @@ def _read_timestamps(metadata: Metadata) -> tuple[Float64[np.ndarray, " N"], str
         return timestamps, ""
     row = int(np.argmax(uneven)) + 1
     notice = (
-        f"{uneven.sum()} of {total} frames are not evenly spaced in time: frame {row}, in episode {episode[row]}, comes "
-        f"{step[row - 1]:.3g} s after the one before, at fps={metadata.info.fps:g}"
+        f"{uneven.sum()} of {total} frames are not evenly spaced in time: frame {row}, in episode {episode[row]}, "
+        f"comes {step[row - 1]:.3g} s after the one before, at fps={metadata.info.fps:g}"
     )
     return timestamps, notice
 
@@ -155,18 +155,19 @@ def _read_rows(column: pa.Array, shape: tuple[int, ...], folder: Path, key: str)
     """Return a column of numbers or of lists of them, of `shape` each; one number may be stored without a list."""
     values = column.storage if isinstance(column, pa.ExtensionArray) else column
     sizes = []
+    # Flattening leaves out what is null, and with it the place of all that follows.
     while not values.null_count and isinstance(values, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
         lengths = pc.unique(pc.list_value_length(values)).to_pylist()
         if len(lengths) != 1:
             raise DatasetError(folder, f"column {key} holds lists of different lengths, {show(sorted(lengths))}")
         sizes.append(lengths[0])
         values = values.flatten()
+    if values.null_count:
+        raise DatasetError(folder, f"column {key} has {values.null_count} rows without a value")
     is_number = any(of(values.type) for of in (pa.types.is_floating, pa.types.is_integer, pa.types.is_boolean))
-    if values.null_count or not is_number or (tuple(sizes) or (1,)) != shape:
-        gaps = ", with gaps" if values.null_count else ""
-        raise DatasetError(
-            folder, f"column {key} holds {values.type} of shape {sizes or [1]}{gaps}, info.json says {list(shape)}"
-        )
+    if not is_number or (tuple(sizes) or (1,)) != shape:
+        has = f"{values.type} of shape {sizes or [1]}"
+        raise DatasetError(folder, f"column {key} holds {has}, info.json says shape {list(shape)}")
     rows: np.ndarray = values.to_numpy(zero_copy_only=False).reshape(len(column), *shape)
     return rows
 

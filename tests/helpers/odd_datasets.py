@@ -38,14 +38,16 @@ def times_of(root: Path) -> np.ndarray:
     episodes = pq.read_table(next((root / "meta" / "episodes").rglob("*.parquet"))).to_pydict()
     begins = next(values for name, values in episodes.items() if name.endswith("from_timestamp"))
     frames = pq.read_table(next((root / "data").rglob("*.parquet")), columns=["timestamp", "episode_index"])
-    return np.asarray(begins)[frames["episode_index"].to_numpy()] + frames["timestamp"].to_numpy().astype(np.float64)
+    times: np.ndarray = np.asarray(begins)[frames["episode_index"].to_numpy()]
+    times += frames["timestamp"].to_numpy()
+    return times
 
 
 def read_pictures(root: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return the time (s) of each picture of the video, and the pictures [M, 3, H, W], all in a row."""
     with av.open(str(next((root / "videos").rglob("*.mp4")))) as container:
         frames = list(container.decode(video=0))
-    times = [float(frame.pts * frame.time_base) for frame in frames]
+    times = [frame.time for frame in frames]
     pictures = [frame.to_ndarray(format="rgb24").transpose(2, 0, 1) for frame in frames]
     return np.array(times), np.stack(pictures)
 
