@@ -53,7 +53,7 @@ class Option:
     def describe(self) -> str:
         """Return the range or the choices in words, such as "1 or more"; empty when any value will do."""
         if self.choices:
-            *some, last = map(str, self.choices)
+            *some, last = (str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in self.choices)
             return f"{', '.join(some)} or {last}" if some else last
         low = self.gt if self.ge is None else self.ge
         high = self.lt if self.le is None else self.le

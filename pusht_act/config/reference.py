@@ -53,7 +53,7 @@ def reference() -> str:
             assert isinstance(section.type, type)
             parts.append(_section(section.name, section.type, _values(defaults, section.name), explained))
     for name, file in LEROBOT_SECTIONS.items():
-        values = defaults.get(name, {}) | (_read(file) if file else {})
+        values = (_read(file) if file else {}) | defaults.get(name, {})
         parts.append(_lerobot_section(name, values, explained[f"Config.{name}"]))
     parts.append(_section("hydra.sweeper", OptunaConfig, _read("hydra/sweeper/optuna.yaml"), explained))
     return "\n".join(parts)

@@ -148,6 +148,13 @@ def test_embedded_data_has_no_stock_command() -> None:
         lerobot_command(job("dataset=demos"))
 
 
+@pytest.mark.parametrize("option", ["dataset.observations=[observation.state]", "rename_map={a.b: c}"])
+def test_a_choice_of_features_has_no_stock_command(option: str) -> None:
+    """Stock renames for a pretrained policy only, and refuses `rename_map` without one."""
+    with pytest.raises(ValueError, match=f"{option.partition('=')[0]}=.* has no equivalent: .*; leave it out"):
+        lerobot_command(job(option))
+
+
 def test_making_demonstrations_has_no_stock_command() -> None:
     with pytest.raises(ValueError, match="print_lerobot_command=true: LeRobot makes no demonstrations"):
         lerobot_command(dataclasses.replace(job(), mode=Mode.demos))
