@@ -18,6 +18,8 @@ from pusht_act.runtime.errors import UserError
 
 VERSION = "v3.0"
 IMAGE_DTYPES = ("video", "image")
+STATISTIC = re.compile(r"min|max|mean|std|count|q\d+")
+"""The names of LeRobot's statistics; what else there is in stats.json normalizes nothing."""
 
 
 class Feature(BaseModel):
@@ -80,14 +82,13 @@ class Metadata:
     """The content of stats.json, as it was found there; empty without the file."""
 
     @property
-    def info_path(self) -> Path:
-        """Where `info` was read."""
-        return self.root / "meta" / "info.json"
-
-    @property
     def stats_path(self) -> Path:
         """Where `stats` was read."""
         return self.root / "meta" / "stats.json"
+
+    def stats_of(self, key: str) -> dict[str, Any]:
+        """Return LeRobot's statistics of a feature, by name."""
+        return {name: value for name, value in self.stats.get(key, {}).items() if STATISTIC.fullmatch(name)}
 
 
 def read_metadata(root: Path) -> Metadata:
@@ -200,7 +201,7 @@ def check_stats(metadata: Metadata, needed: dict[str, tuple[str, ...]], repo_id:
 
     Args:
         metadata: The data set's.
-        needed: The names of statistics that each feature needs; others are checked where they are there.
+        needed: The names of statistics that each feature needs; of any other it is enough that it holds numbers.
         repo_id: Name of the data set.
 
     Raises:
@@ -214,21 +215,20 @@ def check_stats(metadata: Metadata, needed: dict[str, tuple[str, ...]], repo_id:
         raise DatasetError(path, "is missing, and with it the statistics that normalize features", recompute)
     for key, names in needed.items():
         feature = metadata.info.features[key]
-        # LeRobot has no statistics of videos recomputed.
-        remedy = FETCH if feature.is_image else recompute
-        found = metadata.stats.get(key, {})
-        if not isinstance(found, dict):
-            raise DatasetError(path, f"{key}={show(found)} holds no statistics", remedy)
+        # LeRobot's command leaves videos out.
+        remedy = f"{FETCH}, or give +dataset.use_imagenet_stats=true" if feature.is_image else recompute
+        if not isinstance(metadata.stats.get(key, {}), dict):
+            raise DatasetError(path, f"{key}={show(metadata.stats[key])} holds no statistics", remedy)
+        found = metadata.stats_of(key)
         shape = (3, 1, 1) if feature.is_image else tuple(feature.shape)
         for name in dict.fromkeys([*names, *found]):
             if name not in found:
                 raise DatasetError(path, f"{key} has no {name}, which normalizes it", remedy)
-            array = _to_array(found[name])
-            if array is None or array.shape != ((1,) if name == "count" else shape):
-                wrong = f"{key}.{name}={show(found[name])}"
-                raise DatasetError(path, f"{wrong}: expected numbers of shape {list(shape)}", remedy)
+            array, value = _to_array(found[name]), f"{key}.{name}={show(found[name])}"
+            if array is None or (name in names and array.shape != shape):
+                raise DatasetError(path, f"{value}: expected numbers of shape {list(shape)}", remedy)
             if name in names and not (np.isfinite(array).all() and (name != "std" or (array >= 0).all())):
-                raise DatasetError(path, f"{key}.{name}={show(found[name])} is out of range", remedy)
+                raise DatasetError(path, f"{value} is out of range", remedy)
 
 
 def _to_array(value: Any) -> np.ndarray | None:

@@ -96,7 +96,7 @@ def _decode(metadata: Metadata, names: dict[str, str], allocate: Allocate) -> Bu
         episodes=metadata.episodes,
         tasks=metadata.tasks,
         features={names[key]: feature.to_dict() for key, feature in features.items()},
-        stats={names[key]: metadata.stats[key] for key in names if key in metadata.stats},
+        stats={names[key]: metadata.stats_of(key) for key in names if key in metadata.stats},
         fps=info.fps,
         incomplete=incomplete,
         notice=notice,

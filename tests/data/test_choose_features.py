@@ -241,6 +241,15 @@ def test_a_missing_statistic_is_named(key: str, name: str | None, keypoints: Pat
     )
 
 
+def test_statistics_of_other_tools_do_no_harm(keypoints: Path) -> None:
+    right = open_dataset(*job(keypoints)).stats["action"]
+    odd = {"median": "none", "count": 71, "q05": [[1], [2]]}
+    change_json(keypoints, "stats.json", lambda stats: stats["action"].update(odd))
+    frames = open_dataset(*job(keypoints))
+    assert frames.stats["action"] == right | {"count": 71, "q05": [[1], [2]]}
+    normalization_stats(frames, True)
+
+
 def test_what_nothing_normalizes_needs_no_statistics(pictures: Path) -> None:
     """ImageNet's are taken for pictures; other normalizations have other statistics."""
     quantiles = "+policy.normalization_mapping={VISUAL: MEAN_STD, STATE: QUANTILES, ACTION: MIN_MAX}"
