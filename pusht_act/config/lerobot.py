@@ -169,11 +169,6 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def observation_keys(env: PushtEnv) -> set[str]:
-    """The policy's names of what `env` observes, such as observation.image and observation.state."""
-    return {env.features_map[key] for key in env.features if key != "action"}
-
-
 def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: str | None) -> TrainPipelineConfig:
     """The job as stock `lerobot-train` would write it into a checkpoint, so that it can go on from ours."""
     # Only what stock reads: our own sections are in the metadata of the checkpoint.

@@ -6,9 +6,8 @@ it, `dataset.observations` leaves the others out. Everything here is known befor
 
 import logging
 from itertools import combinations
-from typing import Any
 
-from pusht_act.config.lerobot import LeRobotConfig, PushtEnv, observation_keys
+from pusht_act.config.lerobot import LeRobotConfig, PushtEnv
 from pusht_act.config.schema import Config
 from pusht_act.data.lerobot import ACTION, IMAGENET_STATS
 from pusht_act.data.lerobot_metadata import Feature, Metadata
@@ -50,8 +49,8 @@ def choose_features(config: Config, env: PushtEnv, features: dict[str, Feature])
     for one, other in combinations(names, 2):
         if names[one] == names[other]:
             raise UserError(
-                f"dataset {repo_id}: {one} and {other} would both be {names[one]}: leave one of them out of "
-                f"{_observations(key for key in names if key != one)}"
+                f"dataset {repo_id}: {one} and {other} would both be {names[one]}: rename both, or leave one of them "
+                "out by dataset.observations="
             )
     _check_names(repo_id, env, features, names)
     return names
@@ -59,55 +58,58 @@ def choose_features(config: Config, env: PushtEnv, features: dict[str, Feature])
 
 def _check_names(repo_id: str, env: PushtEnv, features: dict[str, Feature], names: dict[str, str]) -> None:
     """Compare the policy's names with those of the environment."""
-    has, needs = {*names.values()} - {ACTION}, observation_keys(env)
-    if ACTION not in names.values():
-        raise UserError(
-            f"dataset {repo_id} has no action to learn, it has {join_some([*features])}: "
-            "give 'rename_map={ITS_NAME: action}'"
-        )
+    has, needs = {*names.values()}, {*env_shapes(env)}
     if has == needs:
         return
-    said = (
-        f"dataset {repo_id} has {', '.join(sorted(has)) or 'no observation'}, but env.obs_type={env.obs_type} gives "
-        f"{', '.join(sorted(needs))}"
-    )
-    raise UserError(f"{said}: {_remedy(env, features, names)}")
-
-
-def _remedy(env: PushtEnv, features: dict[str, Feature], names: dict[str, str]) -> str:
-    """Return what to give where the data set has other observations than the environment."""
-    has, needs = {*names.values()} - {ACTION}, observation_keys(env)
-    other = {
-        "pusht": {"observation.image", "observation.state"},
-        "pusht_keypoints": {"observation.environment_state", "observation.state"},
-    }
+    if ACTION not in has:
+        said = f"dataset {repo_id} has no action to learn, it has {join_some(_candidates(features))}"
+    else:
+        seen = ", ".join(sorted(has - {ACTION})) or "no observation"
+        gives = ", ".join(sorted(needs - {ACTION}))
+        said = f"dataset {repo_id} has {seen}, but env.obs_type={env.obs_type} gives {gives}"
     # The environment that would fit the data set, if there is one.
-    if fits := [group for group, keys in other.items() if keys == has]:
-        return f"give env={fits[0]}, or a data set that fits the environment"
-    # Else what is missing may be there under another name, and what is too much may be left out.
-    shapes, free = env_shapes(env), [key for key in names if names[key] not in needs | {ACTION}]
-    renamed: dict[str, str] = {}
-    for name in sorted(needs - has):
-        found = [key for key in free if key not in renamed and _fits(features[key], shapes[name])]
-        if not found:
+    other = {
+        "pusht": {ACTION, "observation.image", "observation.state"},
+        "pusht_keypoints": {ACTION, "observation.environment_state", "observation.state"},
+    }
+    fits = [
+        f"give env={group}, or a data set that fits the environment" for group, keys in other.items() if keys == has
+    ]
+    raise UserError(f"{said}: {fits[0] if fits else _propose_options(env, features, names)}")
+
+
+def _propose_options(env: PushtEnv, features: dict[str, Feature], names: dict[str, str]) -> str:
+    """Return options by which the data set would fit: what is missing may have another name or be left out."""
+    shapes = env_shapes(env)
+    found = {name: key for key, name in names.items() if name in shapes}
+    for name in sorted(shapes):
+        free = [key for key in (name, *_candidates(features)) if key in features and key not in found.values()]
+        spare = [key for key in free if _could_be(key, features[key], name, shapes[name])]
+        if name not in found and not spare:
             return f"nothing in it could be {name}; give a data set that fits the environment"
-        renamed[found[0]] = name
+        if name not in found:
+            found[name] = spare[0]
+    renamed = {key: name for name, key in found.items() if key != name}
     pairs = ", ".join(f"{key}: {name}" for key, name in renamed.items())
-    kept = [key for key in names if names[key] in needs or key in renamed]
-    given = ([f"'rename_map={{{pairs}}}'"] if renamed else []) + (
-        [_observations(kept)] if len(kept) + 1 < len(names) else []
-    )
-    return f"give {' '.join(given)}"
-
-
-def _observations(keys: Any) -> str:
-    return f"'dataset.observations=[{','.join(keys)}]'"
+    kept = [key for key in features if key in found.values() and renamed.get(key, key) != ACTION]
+    others = [key for key in features if key.startswith("observation.") and key not in kept]
+    options = [f"'rename_map={{{pairs}}}'"] if renamed else []
+    options += [f"'dataset.observations=[{','.join(kept)}]'"] if others or not renamed else []
+    return f"give {' '.join(options)}"
 
 
 def _candidates(features: dict[str, Feature]) -> list[str]:
-    """Return the features that could be something to see or to do; what LeRobot adds to each data set comes last."""
+    """Return what there may be to see or to do: observations come first, and not what LeRobot adds to each data set."""
     added = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-    return sorted(features, key=lambda key: (key in added, not key.startswith("observation."), key))
+    return sorted({*features} - {*added}, key=lambda key: (not key.startswith("observation."), key))
+
+
+def _could_be(key: str, feature: Feature, name: str, shape: tuple[int, ...] | None) -> bool:
+    """Return whether feature `key` could be what the policy calls `name`."""
+    # A reward or the robot's next position is nothing to see, nor is a second action.
+    like = key.startswith("observation.") if name != ACTION else "action" in key
+    other = "action" not in key and not key.startswith("next.")
+    return (like or (name != ACTION and other)) and _fits(feature, shape)
 
 
 def env_shapes(env: PushtEnv) -> dict[str, tuple[int, ...] | None]:

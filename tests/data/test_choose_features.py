@@ -170,9 +170,25 @@ def test_one_of_two_cameras_is_chosen(pictures: Path) -> None:
 def test_state_and_action_may_have_other_names(keypoints: Path) -> None:
     rename(keypoints, STATE, "state")
     rename(keypoints, "action", "actions")
-    assert "has no action to learn, it has" in refusal(keypoints)
-    frames = open_dataset(*job(keypoints, f"rename_map={{state: {STATE}, actions: action}}"))
-    assert frames.arrays.keys() == {KEYPOINTS, STATE, "action"}
+    message = refusal(keypoints)
+    assert message == (
+        f"dataset lerobot/pusht_keypoints has no action to learn, it has {KEYPOINTS}, actions, state: "
+        f"give 'rename_map={{actions: action, state: {STATE}}}'"
+    )
+    assert follow(keypoints, message, env="pusht_keypoints").arrays.keys() == {KEYPOINTS, STATE, "action"}
+
+
+@pytest.mark.parametrize(
+    "given", ["dataset.observations=[observation.xy]", "rename_map={observation.xy: observation.state}"]
+)
+def test_what_was_given_is_kept_in_what_is_proposed(given: str, keypoints: Path) -> None:
+    rename(keypoints, STATE, "observation.xy")
+    add(keypoints, "observation.more", KEYPOINTS)
+    message = refusal(keypoints, given)
+    assert message.endswith(
+        f": give 'rename_map={{observation.xy: {STATE}}}' 'dataset.observations=[{KEYPOINTS},observation.xy]'"
+    )
+    assert follow(keypoints, message, env="pusht_keypoints").arrays.keys() == {KEYPOINTS, STATE, "action"}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +196,10 @@ def test_state_and_action_may_have_other_names(keypoints: Path) -> None:
     [
         ("rename_map={observation.images.top: observation.image}", "rename_map: observation.images.top is not in"),
         ("dataset.observations=[observation.images.top]", "dataset.observations: observation.images.top is not in"),
-        (f"rename_map={{{STATE}: {KEYPOINTS}}}", f"{KEYPOINTS} and {STATE} would both be {KEYPOINTS}: leave one"),
+        (
+            f"rename_map={{{STATE}: {KEYPOINTS}}}",
+            f"{KEYPOINTS} and {STATE} would both be {KEYPOINTS}: rename both, or leave",
+        ),
         (f"dataset.observations=[{STATE}]", f"has {STATE}, but env.obs_type=environment_state_agent_pos gives"),
     ],
 )
