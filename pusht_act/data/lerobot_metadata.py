@@ -28,7 +28,7 @@ class Feature(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     dtype: str
-    shape: list[Annotated[int, Field(ge=1)]]
+    shape: list[Annotated[int, Field(ge=1, le=65_536)]]
     names: Any = None
     info: dict[str, Any] | None = None
 

@@ -104,6 +104,12 @@ def test_a_value_of_any_type_is_refused_in_a_line_that_names_the_file(
         ("info.json", ("fps",), 0, "meta/info.json: fps"),
         ("info.json", ("total_frames",), 71.5, "meta/info.json: total_frames=71.5: "),
         ("info.json", ("features", "action", "shape"), "2", "meta/info.json: features.action.shape='2': "),
+        (
+            "info.json",
+            ("features", "action", "shape", 0),
+            10**9,
+            "meta/info.json: features.action.shape.0=1000000000: ",
+        ),
         ("info.json", ("features", "action", "dtype"), None, "meta/info.json: features.action.dtype=None: "),
         ("info.json", ("total_frames",), 70, "meta/episodes: holds 71 frames, info.json says total_frames=70: "),
         ("info.json", ("total_episodes",), 4, "meta/episodes: has 3 episodes, info.json says total_episodes=4: "),
