@@ -41,17 +41,8 @@ log = logging.getLogger(__name__)
 RESULT_NEUTRAL_KEYS = (
     *("output_dir", "job_name", "overwrite", "log_freq", "save_freq", "wandb.", "checkpoints.", "train.profile"),
     *("eval.n_videos", "eval.workers", "eval.background"),
-    *(
-        "policy.push_to_hub",
-        "policy.repo_id",
-        "demos.repo_id",
-        "dataset.allow_change",
-        "resume.",
-        "sweep.",
-        "cluster.",
-        "mode",
-        "steps",
-    ),
+    *("policy.push_to_hub", "policy.repo_id", "demos.repo_id", "resume.", "sweep.", "cluster.", "mode", "steps"),
+    "dataset.allow_change",
 )
 """Beginnings of keys that may differ when resume.auto resumes a run: they do not affect its results."""
 
