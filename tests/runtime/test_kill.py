@@ -1,13 +1,14 @@
 """Training that is killed or stopped at any moment comes to the same bits, and no process outlives it."""
 
 import os
+import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.torture import torture
+from benchmarks.torture import COMMAND, LONGEST, Plan, torture
 from tests.helpers.commands import Commands, appears
 from tests.helpers.processes import gone
 from tests.helpers.runs import tiny_command
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(("number", "kills"), [(signal.SIGKILL, 15), (signal.SIGTERM, 6)], ids=["KILL", "TERM"])
 def test_killed_again_and_again_it_comes_to_the_same_bits(number: int, kills: int, tmp_path: Path) -> None:
-    tally = torture(tmp_path, kills, seed=1, number=number)
+    tally = torture(tmp_path, Plan(COMMAND, LONGEST, kills, random.Random(1), number))
     assert sum(tally.kills.values()) == kills
 
 
