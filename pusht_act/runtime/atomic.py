@@ -21,11 +21,19 @@ def part_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to the file `path`, which one process at a time may do."""
+def write_text(path: Path, text: str, sync: bool = False) -> None:
+    """Write `text` to the file `path`, which one process at a time may do.
+
+    Args:
+        path: The file.
+        text: Its content.
+        sync: Wait until it is on the disk: else a crash of the machine may leave an empty file under the new name.
+    """
     # A rename is atomic only within a file system, so the temporary file lies beside the target.
     part = part_path(path)
     part.write_text(text)
+    if sync:
+        fsync(part)
     part.replace(path)
 
 

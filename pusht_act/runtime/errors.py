@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 MOST_LISTED = 6
 """How many names a message lists."""
+LONGEST = 2000
+"""How many characters a message has."""
 
 
 class UserError(ValueError):
@@ -18,3 +20,11 @@ def join_some(names: Sequence[str]) -> str:
     more = len(names) - MOST_LISTED
     # "and 1 more" is no shorter than the name.
     return ", ".join(names) if more <= 1 else f"{', '.join(names[:MOST_LISTED])} and {more} more"
+
+
+def shorten(text: str) -> str:
+    """Return `text` without its middle if it is longer than anybody reads: a value in it may be a file's whole text.
+
+    Patterns that are looked for in it would take long, too.
+    """
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"

@@ -29,6 +29,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from pusht_act.runtime.stored import read_text
+
 log = logging.getLogger(__name__)
 
 NAME = "lock"
@@ -85,7 +87,14 @@ class LockOwner:
         Raises:
             TypeError: the fields are not an owner's.
         """
-        return cls(**{"slurm": None, **content})
+        owner = cls(**{"slurm": None, **content})
+        if not isinstance(owner.slurm, dict | None):
+            raise TypeError("not the fields of a lock's owner")
+        texts = (owner.host, owner.token, owner.since, owner.started or "", owner.boot or "", owner.namespace or "")
+        numbers = (owner.pid, *((owner.slurm or {}).get(key, 0) for key in ("job", "restarts")))
+        if not all(isinstance(each, str) for each in texts) or not all(type(each) is int for each in numbers):
+            raise TypeError("not the fields of a lock's owner")
+        return owner
 
     def is_this_process(self) -> bool:
         """Return whether the owner is the calling process."""
@@ -252,10 +261,10 @@ def _acquire(path: Path, owner: LockOwner, option: str) -> None:
 def _read(path: Path) -> LockOwner | None:
     """Return the lock's owner; None without a lock, an unknown owner if this program did not write it."""
     try:
-        return LockOwner.read(json.loads(path.read_text()))
+        return LockOwner.read(json.loads(read_text(path)))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return LockOwner(
             host="unknown", pid=0, started=None, boot=None, namespace=None, slurm=None, token="unknown", since="unknown"
         )
