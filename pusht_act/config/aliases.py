@@ -46,7 +46,8 @@ def rename_config(config: dict[str, Any]) -> dict[str, Any]:
         values = _section(renamed, section)
         if values is not None and name in values:
             value = values.pop(name)
-            value = CONVERTED.get(old, {}).get(value, value)
+            if isinstance(value, bool):
+                value = CONVERTED.get(old, {}).get(value, value)
             target_section, _, target = new.rpartition(".")
             target_values = _section(renamed, target_section, create=True)
             assert target_values is not None

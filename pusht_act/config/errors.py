@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.aliases import RENAMED
 from pusht_act.config.lerobot_fields import lerobot_fields
+from pusht_act.runtime.errors import UserError, shorten
 
 RATE = "policy.optimizer_lr"
 CLIPPING = "+optimizer.grad_clip_norm"
@@ -94,8 +95,13 @@ TYPE_WANTED = {
 
 def explain(error: BaseException, config_dir: str) -> str:
     """Return `error` as one line."""
-    # Hydra and OmegaConf raise one class for many causes, so their words have to tell.
-    text = str(error)
+    # A value in the message may be a whole file's text.
+    text = shorten(str(error))
+    return " ".join(text.split()) if isinstance(error, UserError | OSError) else _explain_hydra(error, text, config_dir)
+
+
+def _explain_hydra(error: BaseException, text: str, config_dir: str) -> str:
+    """Return an error of Hydra's or OmegaConf's: they raise one class for many causes, so their words have to tell."""
     if isinstance(error, OverrideParseException):
         return f"{error.override!r} cannot be read: give KEY=VALUE, a value of special characters in quotes"
     if match := re.search(r"Could not override '([^']+)'", text):

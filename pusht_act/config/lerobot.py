@@ -43,7 +43,7 @@ from lerobot.policies.act.configuration_act import ACTConfig
 
 from pusht_act.config.lerobot_fields import FIELDS_FILE
 from pusht_act.config.schema import OUR_DATASET_KEYS, Config
-from pusht_act.runtime.errors import UserError, join_some
+from pusht_act.runtime.errors import UserError, join_some, shorten
 
 # Classes of LeRobot that other rooms take from here, so that each room imports LeRobot in one place.
 __all__ = ["DatasetConfig", "PushtEnv", "TrainPipelineConfig"]
@@ -169,6 +169,26 @@ def resolve_device(name: str) -> str:
     return name
 
 
+def observation_keys(env: PushtEnv) -> set[str]:
+    """The policy's names of what `env` observes, such as observation.image and observation.state."""
+    return {env.features_map[key] for key in env.features if key != "action"}
+
+
+def check_observations(policy: ACTConfig, env: PushtEnv) -> None:
+    """Refuse an environment that does not observe what `policy` was trained to look at.
+
+    Raises:
+        UserError: naming both.
+    """
+    needs, has = set(policy.input_features or {}), observation_keys(env)
+    if not needs <= has:
+        fitting = "pusht_keypoints" if policy.env_state_feature is not None else "pusht"
+        raise UserError(
+            f"env.obs_type={env.obs_type} observes {', '.join(sorted(has))}, the checkpoint's policy looks at "
+            f"{', '.join(sorted(needs))}: leave it out, or give the values of env={fitting}"
+        )
+
+
 def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: str | None) -> TrainPipelineConfig:
     """The job as stock `lerobot-train` would write it into a checkpoint, so that it can go on from ours."""
     # Only what stock reads: our own sections are in the metadata of the checkpoint.
@@ -269,7 +289,7 @@ def _reason(name: str, error: Exception, section: dict[str, Any]) -> str:
     text = str(error)
     if error.__cause__ is not None and "Couldn't instantiate" in text:
         text = str(error.__cause__)
-    text = " ".join(text.split())
+    text = shorten(" ".join(text.split()))
     key = next((word for word in re.findall(r"`(\w+)`", text) if word in section), None)
     if missing := re.findall(r"`(\w+)`", text) if text.startswith("Missing required field") else []:
         return f"{name}.{missing[0]} has no value: give {', '.join(f'+{name}.{field}=VALUE' for field in missing)}"

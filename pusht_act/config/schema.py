@@ -316,15 +316,18 @@ class Config:
     """LeRobot's LRSchedulerConfig, e.g. {type: cosine_decay_with_warmup, ...}; {}: a constant rate."""
 
 
+MAX_SIZE, MAX_LAYERS = 100_000, 1_000
+"""Of a policy: what is larger fits into no memory, and is refused before that is tried."""
 LEROBOT_OPTIONS: dict[str, Option] = {
     "policy.type": Option(choices=("act",)),
     "policy.n_obs_steps": Option(choices=(1,), reason="ACT looks at one observation"),
     **{
-        f"policy.{name}": Option(kind=int, ge=1)
-        for name in (
-            *("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward", "latent_dim"),
-            *("n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers"),
-        )
+        f"policy.{name}": Option(kind=int, ge=1, le=MAX_SIZE)
+        for name in ("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward", "latent_dim")
+    },
+    **{
+        f"policy.{name}": Option(kind=int, ge=1, le=MAX_LAYERS)
+        for name in ("n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers")
     },
     **{
         f"policy.{name}": Option(kind=float, ge=0, modes=TRAINING)
@@ -348,7 +351,10 @@ LEROBOT_OPTIONS: dict[str, Option] = {
     ),
     "optimizer.grad_clip_norm": Option(kind=float, ge=0),
     "optimizer.eps": Option(kind=float, ge=0),
+    "scheduler.num_warmup_steps": Option(kind=int, ge=0),
     "scheduler.num_decay_steps": Option(kind=int, ge=1),
+    "scheduler.num_vqvae_training_steps": Option(kind=int, ge=1),
+    "scheduler.num_cycles": Option(kind=float, ge=0),
     "scheduler.peak_lr": Option(kind=float, gt=0, reason="LeRobot divides by it"),
     "scheduler.decay_lr": Option(kind=float, ge=0),
 }

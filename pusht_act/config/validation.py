@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from pusht_act.config.lerobot_fields import lerobot_fields
 from pusht_act.config.options import Option, find_options
 from pusht_act.config.schema import (
     EMBEDDED_REPO_ID,
@@ -28,6 +29,20 @@ from pusht_act.runtime.errors import UserError
 
 OPTIONS = dict(find_options(Config)) | LEROBOT_OPTIONS
 """The rules of each option, by its dotted key; a section's own are there too."""
+LARGEST = 2**31 - 1
+"""The largest whole number of an option: torch and NumPy take no larger seeds and sizes everywhere."""
+FIELD_TYPES: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "one text"),
+    "pathlib.Path": (str, "one text"),
+    "list": (list, "a list"),
+    "tuple": ((list, tuple), "a list"),
+    "dict": (dict, "a section, {KEY: VALUE}"),
+    "None": (type(None), "null"),
+}
+"""What the types of LeRobot's fields (lerobot_fields.json) take, and what to give."""
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -76,6 +91,8 @@ def check_value(key: str, value: Any) -> None:
         wanted = f"{key}={option.describe()}" if option.choices else option.describe()
         if option.nonempty:
             wanted = f"{key}=NAME, or leave it out"
+        if isinstance(value, int) and value > LARGEST:
+            wanted = f"at most {LARGEST}"
         because = f" ({option.reason})" if option.reason else ""
         raise UserError(f"{key}={value} {objection}: give {wanted}{because}")
 
@@ -92,6 +109,8 @@ def _objection(value: Any, option: Option) -> str | None:
 def _objection_to_number(value: Any, option: Option) -> str | None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return "is not a number"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "is too large"
     if option.kind is int and not isinstance(value, int):
         return "is not a whole number"
     if not math.isfinite(value):
@@ -179,6 +198,28 @@ def _check_values(config: Config) -> None:
             check_value(key, values[name])
     if config.policy.get("type") is None:
         check_value("policy.type", None)
+    for section, known in lerobot_fields().items():
+        for name, value in plain[section].items():
+            if name in known:
+                _check_type(f"{section}.{name}", value, known[name])
+
+
+def _check_type(key: str, value: Any, field: dict[str, Any]) -> None:
+    """Refuse a value that has another type than LeRobot declares for its `field`, or is no number that can be used."""
+    kinds = [kind.partition("[")[0] for kind in field["type"].split(" | ")]
+    # LeRobot has an int whose default is False.
+    if isinstance(field.get("default"), bool):
+        kinds.append("bool")
+    types = [FIELD_TYPES[kind][0] for kind in kinds if kind in FIELD_TYPES]
+    # Python takes True for a number.
+    fits = [each for each in types if isinstance(value, each) and (not isinstance(value, bool) or each is bool)]
+    if not fits and len(types) == len(kinds):
+        given = "null" if value is None else value
+        raise UserError(f"{key}={given}: give {' or '.join(FIELD_TYPES[kind][1] for kind in kinds)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}={value} is not a finite number: give one")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UserError(f"{key}={value} is too large: give at most {LARGEST}")
 
 
 def check_target(mode: Mode, checkpoint: str | None, directory: str | None) -> None:

@@ -106,7 +106,9 @@ def test_a_sweep_of_then_is_continued_silently(tmp_path: Path, caplog: pytest.Lo
     jobs = [["mode=demos", "demos.starts=x", f"demos.seed={seed}"] for seed in (1, 2)]
     (tmp_path / "sweep.json").write_text(json.dumps({"overrides": overrides, "jobs": jobs}))
     now = ["mode=demos", "demos.initial_states=x", "demos.seed=1,2"]
-    assert read_identity(tmp_path) == now
+    identity = read_identity(tmp_path)
+    assert identity is not None
+    assert identity.overrides == now
     folder = f"hydra.sweep.dir={tmp_path}"
     assert expand_resume_args(["-m", f"sweep.resume={tmp_path}"]) == ["-m", *now, folder]
     assert expand_resume_args(["-m", *now, folder]) == ["-m", *now, folder], "the same sweep by its present names"
