@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from pusht_act.evaluation.stats import wilson_interval
 from pusht_act.runs.provenance import git_commit, machine, package_versions
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.stored import check_is_file, read_json, read_text
 
 READERS: dict[str, Callable[[str], Any]] = {
     **{"episode_ix": int, "seed": int, "success": lambda text: text == "True", "steps": int},
@@ -80,6 +82,13 @@ def video_requests(directory: Path, count: int, fps: int) -> list[VideoRequest]:
 
 
 @dataclass(frozen=True)
+class _Metrics:
+    """What is read of metrics.json."""
+
+    eval_s: float
+
+
+@dataclass(frozen=True)
 class Record:
     """Where an evaluation is stored, and what its metrics.json holds beside its numbers."""
 
@@ -110,9 +119,9 @@ class Record:
         if not all(request.video.exists() for request in videos):
             return None
         try:
-            seconds = float(json.loads((self.directory / "metrics.json").read_text())["eval_s"])
+            seconds = read_json(self.directory / "metrics.json", _Metrics, "overwrite=true repeats it").eval_s
             episodes = read_episodes(self.directory)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
             raise UserError(f"{self.directory} is damaged ({error}): overwrite=true repeats the evaluation") from error
         return Evaluation(episodes, seconds, [each.video for each in videos], videos[0].film_strip if videos else None)
 
@@ -139,13 +148,13 @@ class Record:
 
     def append(self) -> None:
         """Append a line to evaluations.jsonl, unless the same one is there."""
-        content = json.loads((self.directory / "metrics.json").read_text())
+        content = read_json(self.directory / "metrics.json", dict[str, Any], "overwrite=true repeats it")
         keys = ("date", "origin", "step", "start_seed", "n_episodes", "pc_success", "avg_max_reward", "options")
         line = {"identity": digest(self.identity), "folder": self.directory.name}
         text = json.dumps(line | {key: content[key] for key in keys if key in content}) + "\n"
         path = self.run.evaluations
         # A process may have been killed after the folder was renamed.
-        if not path.exists() or text not in path.read_text(errors="replace"):
+        if not path.exists() or text not in read_text(path, errors="replace"):
             with path.open("a") as file:
                 file.write(text)
 
@@ -171,6 +180,8 @@ def write_episodes(episodes: list[EpisodeResult], folder: Path) -> None:
 
 def read_episodes(folder: Path) -> list[EpisodeResult]:
     """Return the episodes that `write_episodes` wrote, the same to the bit."""
+    for name in ("episodes.csv", "episodes.npz"):
+        check_is_file(folder / name)
     with (folder / "episodes.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     with np.load(folder / "episodes.npz") as arrays:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pusht_act.config.schema import Config
-from pusht_act.runs.run_dir import RunDir
+from pusht_act.runs.run_dir import RunDir, parse_metrics
 from pusht_act.runs.wandb_logger import open_wandb
 from pusht_act.runtime.atomic import write_text
+from pusht_act.runtime.stored import read_text
 
 log = logging.getLogger(__name__)
 
@@ -74,17 +75,29 @@ def _rewind(path: Path, resumed_at: int, pending: Collection[int], rollbacks: in
     """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            values = json.loads(line)
+    kept, foreign = [], 0
+    for line in read_text(path, errors="replace").splitlines():
+        values = parse_metrics(line)
+        if values is None:
+            # What is no JSON was torn by a crash in the middle of a write.
+            foreign += (stays := _is_json(line))
+        else:
             is_repeated = values["step"] in pending and "eval/pc_success" in values
-            if values["step"] <= resumed_at and not is_repeated and values.get("rollback/number", 0) <= rollbacks:
-                kept.append(line + "\n")
-        except ValueError:
-            # Torn by a crash in the middle of a write.
-            continue
+            newer = values["step"] > resumed_at or values.get("rollback/number", 0) > rollbacks
+            stays = not is_repeated and not newer
+        if stays:
+            kept.append(line + "\n")
+    if foreign:
+        log.warning("%s has %d lines that are no metrics of this run: they stay, and are not read", path, foreign)
     write_text(path, "".join(kept))
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class LoggerCollection:

@@ -63,8 +63,10 @@ def write_provenance(
         with (run.path / RUNS_FILE).open("a") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
+        # Where a rename fails, its target is the second name.
+        at = f", {name}" if (name := error.filename2 or error.filename) else ""
         raise OSError(
-            f"output_dir={run.path} cannot be written to ({error.strerror}): make room, or give another output_dir="
+            f"output_dir={run.path} cannot be written to ({error.strerror}{at}): make room, or give another output_dir="
         ) from error
 
 

@@ -16,6 +16,7 @@ import yaml
 from pusht_act.config.schema import TRAIN_MODES
 from pusht_act.runtime.atomic import part_path
 from pusht_act.runtime.lock import is_lock
+from pusht_act.runtime.stored import read_text
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class RunDir:
 
         The validation loss is left out: eval/loss would take the place of train/loss.
         """
-        lines = map(json.loads, self.metrics.read_text().splitlines())
-        values = {key: value for line in lines if line["step"] == step for key, value in line.items()}
+        lines = map(parse_metrics, read_text(self.metrics, errors="replace").splitlines())
+        values = {key: value for line in lines if line and line["step"] == step for key, value in line.items()}
         return {key.partition("/")[2]: value for key, value in values.items() if "/" in key and key != "eval/loss"}
 
     def last_start(self) -> dict[str, Any] | None:
@@ -73,8 +74,8 @@ class RunDir:
         """Return config.yaml as the last start wrote it; empty if there is none that can be read."""
         # After a crash of the machine the file may have any content, also valid YAML that is no mapping.
         try:
-            content = yaml.safe_load((self.path / CONFIG_FILE).read_text())
-        except (OSError, ValueError, yaml.YAMLError):
+            content = yaml.safe_load(read_text(self.path / CONFIG_FILE))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             return {}
         return content if isinstance(content, dict) else {}
 
@@ -95,6 +96,18 @@ class RunDir:
         """Return the folder of an evaluation; `identity` is the hash of all that decides its numbers."""
         seeds = f"seeds-{start_seed}-{start_seed + n_episodes - 1}"
         return self.path / "eval" / f"step-{step:06d}_{seeds}_{identity[:8]}"
+
+
+def parse_metrics(line: str) -> dict[str, Any] | None:
+    """Return the values in a line of metrics.jsonl; None for one that is torn, or that this program did not write."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict) or type(values.get("step")) is not int:
+        return None
+    numbers = [value for key, value in values.items() if "/" in key]
+    return values if all(type(value) in (int, float) for value in numbers) else None
 
 
 def ensure_unused(path: Path, overwrite: bool, remedy: str | None = None) -> None:

@@ -159,3 +159,16 @@ def test_groups_name_the_metrics(tmp_path: Path) -> None:
         metrics.log("eval", {"pc_success": 10.0}, 1)
     assert untimed(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 0.5}, {"step": 1, "eval/pc_success": 10.0}]
     assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize("foreign", ["[]", "3", '{"note": "x"}', '{"step": "x"}', '{"step": 1, "train/loss": "x"}'])
+def test_a_line_of_somebody_else_stays_and_stops_nothing(
+    foreign: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = RunDir(tmp_path).metrics
+    ours = [json.dumps({"step": step, "train/loss": 0.5}) for step in (1, 2, 3)]
+    path.write_text("\n".join([ours[0], foreign, *ours[1:], '{"step": 4, "tra']))
+    JsonlLogger(path, resumed_at=2).close()
+    assert path.read_text().splitlines() == [ours[0], foreign, ours[1]]
+    assert f"{path} has 1 lines that are no metrics of this run" in caplog.text
+    assert RunDir(tmp_path).metrics_of(2) == {"loss": 0.5}
