@@ -7,6 +7,9 @@ What can be refused is refused before torch and lerobot are imported, which take
 
 import dataclasses
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +19,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
-from pusht_act.checkpoints.resume import (
-    describe_restart,
-)
+from pusht_act.checkpoints.merge_config import blamed_on
+from pusht_act.checkpoints.resume import describe_restart
 from pusht_act.checkpoints.retention import finish_cleanup
 from pusht_act.config.lerobot_command import lerobot_command
 from pusht_act.config.overrides import check_overrides
@@ -28,6 +30,7 @@ from pusht_act.resolve import ResolvedJob, is_finished, resolve
 from pusht_act.runs.provenance import log_file, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 from pusht_act.runtime.distributed import PeerLostError, broadcast_from_main, raise_on_any_rank, world_size
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.signals import StopSignal, signals
 from pusht_act.training.extensions import Extensions
 
@@ -84,7 +87,7 @@ def run_job(
     if not cfg.print_lerobot_command:
         check_processes(cfg.mode, cfg.train.profile, world_size())
     # From here the job is decided, and its run directory locked until it has ended.
-    with resolve(cfg, overrides, choices) as resolved:
+    with _memory_errors_named(), resolve(cfg, overrides, choices) as resolved:
         job = dataclasses.replace(resolved, report=report, extensions=extensions or Extensions())
         if job.config.print_lerobot_command:
             print(lerobot_command(job.config, job.start.model_dir if job.start is not None else None))
@@ -96,6 +99,22 @@ def run_job(
                 return _generate_demos(job)
             case _:
                 return _train(job)
+
+
+@contextmanager
+def _memory_errors_named() -> Iterator[None]:
+    """Say in one line that something does not fit into memory; torch raises a mere RuntimeError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch has a class of its own for a GPU only.
+        said = re.search(r"can't allocate memory|out of memory|Storage size calculation overflowed", str(error))
+        if said is None and not isinstance(error, MemoryError):
+            raise
+        raise UserError(
+            f"not enough memory ({str(error).splitlines()[0][:200] if str(error) else 'MemoryError'}): give smaller "
+            "values, such as batch_size= or those of policy.*"
+        ) from error
 
 
 def run_worker(extensions: Extensions | None = None) -> Result:
@@ -110,7 +129,7 @@ def run_worker(extensions: Extensions | None = None) -> Result:
     with signals.handle():
         config, start = broadcast_from_main()
         run = RunDir(Path(config.output_dir))
-        trainer = _build_trainer(config, start, extensions or Extensions())
+        trainer = _build_trainer(config, start, extensions or Extensions(), [])
         try:
             training = trainer.fit(run, {})
         except PeerLostError as lost:
@@ -119,12 +138,12 @@ def run_worker(extensions: Extensions | None = None) -> Result:
     return Result(run.path, training.step, training.metrics)
 
 
-def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensions) -> "Trainer":
+def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensions, overrides: list[str]) -> "Trainer":
     """Build the trainer on every rank; the first import of torch and lerobot."""
     from pusht_act.config.lerobot import decode
     from pusht_act.training.build import build_trainer
 
-    with raise_on_any_rank():
+    with raise_on_any_rank(), blamed_on(start, overrides) if start is not None else nullcontext():
         lerobot = decode(config)
     return build_trainer(config, lerobot, start, extensions)
 
@@ -148,7 +167,7 @@ def _train(job: ResolvedJob) -> Result:
 
     job = dataclasses.replace(job, config=resolve_automatic(config, start))
     broadcast_from_main((job.config, start))
-    trainer = _build_trainer(job.config, start, job.extensions)
+    trainer = _build_trainer(job.config, start, job.extensions, job.overrides)
     # The run directory is touched when nothing is left that could be refused.
     if branches_off and (moved := move_aside(run.path)):
         assert job.lock is not None
@@ -311,12 +330,14 @@ def _run_evaluation(job: ResolvedJob, checkpoint: Checkpoint, record: "Record") 
     config = job.config
     # The environments' processes start while torch is imported here.
     with make_vector_envs(config.eval) as envs:
-        from pusht_act.config.lerobot import decode_env, decode_policy
+        from pusht_act.config.lerobot import check_observations, decode_env, decode_policy
         from pusht_act.evaluation.evaluate import evaluate
         from pusht_act.evaluation.rollout import Actor
         from pusht_act.policy.act import load_policy, load_processors
 
-        policy_config, env = decode_policy(config.policy), decode_env(config.env)
+        with blamed_on(checkpoint, job.overrides):
+            policy_config, env = decode_policy(config.policy), decode_env(config.env)
+            check_observations(policy_config, env)
         policy = load_policy(policy_config, checkpoint.model_dir)
         processors = load_processors(policy_config, checkpoint.model_dir)
         return evaluate(Actor(policy, processors), envs, env, config.eval, record=record)

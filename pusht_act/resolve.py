@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint, find_checkpoint, verify
 from pusht_act.checkpoints.manifest import EVAL_FILES, sha256
-from pusht_act.checkpoints.merge_config import merge_checkpoint_config
+from pusht_act.checkpoints.merge_config import blamed_on, merge_checkpoint_config
 from pusht_act.checkpoints.resume import auto_resume_checkpoint, checkpoint_to_resume, resolve_run_dir
 from pusht_act.checkpoints.safe_loading import check_safe_to_load
 from pusht_act.config.overrides import check_typed_values, is_output_dir_typed
@@ -86,7 +86,8 @@ def _resolve_evaluation(cfg: DictConfig, overrides: list[str], choices: dict[str
     if Path(cfg.checkpoint).name != MODEL_DIR:
         checkpoint = checkpoint.evaluated
         check_safe_to_load(checkpoint.model_dir)
-    config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False))
+    with blamed_on(checkpoint, overrides):
+        config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=False))
     run = Path(config.output_dir) if is_output_dir_typed(overrides) else checkpoint.run_dir
     if run is None:
         run = Path("outputs/evaluations") / _model_name(cfg.checkpoint, checkpoint)
@@ -110,17 +111,22 @@ def _resolve_training(
     if complete is None:
         cfg.output_dir = str(run.path)
         checkpoint = checkpoint_to_resume(cfg, run.path)
+        # First: a model alone, such as one of the Hub, has nothing to be resumed from.
+        step = checkpoint.step
         check_safe_to_load(checkpoint.model_dir)
-        config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
+        with blamed_on(checkpoint, overrides):
+            config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
         if is_finished(checkpoint, config):
-            raise UserError(
-                f"steps={config.steps}: {checkpoint.directory} is at step {checkpoint.step} already; give more steps="
-            )
+            raise UserError(f"steps={config.steps}: {checkpoint.directory} is at step {step} already; give more steps=")
         return config, checkpoint
     if name := complete.policy.get("pretrained_path"):
         complete.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model_dir)
-    resumes = complete.resume.auto and not complete.print_lerobot_command
-    return complete, auto_resume_checkpoint(complete, run) if resumes else None
+    if not complete.resume.auto or complete.print_lerobot_command:
+        return complete, None
+    start = auto_resume_checkpoint(complete, run)
+    if start is not None:
+        check_safe_to_load(start.model_dir)
+    return complete, start
 
 
 def _resolve_checkpoint(name: str, key: str) -> Checkpoint:

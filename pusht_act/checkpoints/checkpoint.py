@@ -3,17 +3,17 @@
 Imports neither torch nor lerobot, so that a refusal is immediate.
 """
 
-import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pusht_act.checkpoints.manifest import MANIFEST, find_corruption, verify_manifest
+from pusht_act.checkpoints.state import ModelRecord, TrainingStep, read_trainer_state
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.errors import UserError, join_some
+from pusht_act.runtime.stored import read_json
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +54,31 @@ class Checkpoint:
         average = Checkpoint(self.directory / EMA_DIR)
         if not (average.model_dir / "config.json").is_file():
             return self
-        try:
-            ema = json.loads((average.model_dir / METADATA_FILE).read_text())["config"]["ema"]
-            return average if ema["use_for_eval"] else self
-        except (OSError, ValueError, KeyError, TypeError):
-            # Written by a later LeRobot, which has the same folder.
+        # Written by a later LeRobot, which has the same folder, it has no record.
+        if (record := average.record) is None:
             return average
+        ema = record.config.get("ema")
+        return self if isinstance(ema, dict) and ema.get("use_for_eval") is False else average
+
+    @property
+    def record(self) -> ModelRecord | None:
+        """What it was trained from; None if stock LeRobot wrote it.
+
+        Raises:
+            UserError: its file is damaged.
+        """
+        try:
+            return read_json(self.model_dir / METADATA_FILE, ModelRecord)
+        except FileNotFoundError:
+            return None
 
     @property
     def wandb_run_id(self) -> str | None:
         """W&B's id of the run that wrote it; None if there was none, or its training state cannot be read."""
         try:
-            run_id: str | None = json.loads((self.training_dir / METADATA_FILE).read_text())["wandb_run_id"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_trainer_state(self.training_dir / METADATA_FILE).wandb_run_id
+        except (OSError, UserError):
             return None
-        return run_id
 
     @property
     def run_dir(self) -> Path | None:
@@ -86,29 +96,23 @@ class Checkpoint:
         """The optimizer step that it was written at.
 
         Raises:
-            UserError: there is no training state, so it can be evaluated but not resumed.
+            UserError: there is no training state, so it can be evaluated but not resumed; or it is damaged.
         """
         try:
-            return int(json.loads((self.training_dir / "training_step.json").read_text())["step"])
-        except (OSError, ValueError, KeyError) as error:
+            return read_json(self.training_dir / "training_step.json", TrainingStep).step
+        except FileNotFoundError as error:
             raise UserError(
-                f"{self.directory} has no readable training_state/training_step.json, so nothing can be resumed from "
-                "it: give a checkpoint that a training run wrote"
+                f"{self.directory} has no training_state/training_step.json, so nothing can be resumed from it: give "
+                "a checkpoint that a training run wrote"
             ) from error
 
     @property
     def pending(self) -> list[int]:
         """The steps whose evaluations were due and not done when it was written; none if it cannot be read."""
         try:
-            return read_pending(json.loads((self.training_dir / METADATA_FILE).read_text()))
-        except (OSError, ValueError, TypeError, AttributeError):
+            return read_trainer_state(self.training_dir / METADATA_FILE).pending
+        except (OSError, UserError):
             return []
-
-
-def read_pending(state: dict[str, Any]) -> list[int]:
-    """Return the steps in `pending` of a training state; in older checkpoints it is a single step or None."""
-    pending = state.get("pending")
-    return [pending] if isinstance(pending, int) else list(pending or [])
 
 
 def find_checkpoint(path: str, key: str) -> Checkpoint:

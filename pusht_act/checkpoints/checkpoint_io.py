@@ -19,7 +19,9 @@ import errno
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,16 @@ from lerobot.common.train_utils import (
     get_step_identifier,
     load_training_batch_size,
     load_training_num_processes,
-    load_training_state,
     save_training_step,
 )
 from lerobot.configs.train import TrainPipelineConfig
-from lerobot.optim.optimizers import save_optimizer_state
+from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
+from lerobot.optim.schedulers import load_scheduler_state
 from lerobot.policies.act.modeling_act import ACTPolicy
-from lerobot.utils.constants import RNG_STATE, SCHEDULER_STATE
+from lerobot.utils.constants import OPTIMIZER_PARAM_GROUPS, OPTIMIZER_STATE, RNG_STATE, SCHEDULER_STATE
 from lerobot.utils.io_utils import write_json
 from lerobot.utils.random_utils import deserialize_rng_state, serialize_rng_state
+from lerobot.utils.random_utils import load_rng_state as load_rng_state_file
 from lerobot.utils.utils import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -43,9 +46,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pusht_act.checkpoints.checkpoint import EMA_DIR, MODEL_DIR, Checkpoint, read_pending
-from pusht_act.checkpoints.manifest import size_of, write_manifest
+from pusht_act.checkpoints.checkpoint import EMA_DIR, MODEL_DIR, Checkpoint
+from pusht_act.checkpoints.manifest import MANIFEST, size_of, write_manifest
 from pusht_act.checkpoints.retention import remove_temp_files, resolve_symlink, set_symlink
+from pusht_act.checkpoints.state import TrainerState, read_trainer_state
+from pusht_act.checkpoints.tensor_file import find_damage
 from pusht_act.config.schema import METADATA_FILE
 from pusht_act.policy.act import Processors
 from pusht_act.policy.ema import EMA
@@ -53,37 +58,10 @@ from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.atomic import fsync, part_path, replace_dir
 from pusht_act.runtime.distributed import gather_to_main
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.stored import check_is_file, read_json
 
 NON_TENSOR_BYTES = 1_000_000
 """What a checkpoint takes beside its tensors, generously."""
-
-
-@dataclass
-class TrainerState:
-    """The state of the training loop at a step. Its fields are the keys of training_state/pusht_act.json."""
-
-    step: int = 0
-    sampler: dict[str, int] | None = None
-    """EpisodeSampler.state_dict(); None in a checkpoint of stock LeRobot, which does not record it."""
-    window: dict[str, float] = field(default_factory=dict)
-    """Sums of the metrics since they were last logged, and their number."""
-    skipped: int = 0
-    """How many steps since the last roll-back were skipped because their loss or gradient was not finite."""
-    rollbacks: int = 0
-    """How often training diverged and was rolled back to a checkpoint. Each time changes the order of the data."""
-    best: dict[str, Any] | None = None
-    """The best evaluation so far: {"step": int, "score": [pc_success, avg_max_reward]}."""
-    pending: list[int] = field(default_factory=list)
-    """The steps whose evaluations are due and not done, in order. The first one may be running."""
-    spare: list[int] = field(default_factory=list)
-    """Steps whose checkpoints are temporary: written for their evaluation alone, or because a signal stopped the run.
-
-    A later save removes them, except the best one and those of `pending`."""
-    wandb_run_id: str | None = None
-    dataset: str | None = None
-    """Hash of the data set that it was trained on; None in a checkpoint that does not record it."""
-    elapsed_s: float = 0.0
-    """Seconds of training so far, in all processes of the run, but without the time in which none ran."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +215,10 @@ def _write(
     (training / METADATA_FILE).write_text(json.dumps(asdict(state), indent=2))
     # Last, since it describes all other files.
     write_manifest(part)
+    # safetensors lets nobody else read its files, whatever the umask says: they get the mode of an ordinary one.
+    mode = (part / MANIFEST).stat().st_mode
+    for path in part.rglob("*.safetensors"):
+        path.chmod(mode)
     for path in [*part.rglob("*"), part]:
         fsync(path)
 
@@ -267,22 +249,38 @@ def load(checkpoint: Checkpoint, components: TrainComponents) -> TrainerState:
     Raises:
         UserError: a file is missing or damaged.
     """
+    folder = checkpoint.training_dir
+    for path in [*folder.glob("*")]:
+        check_is_file(path)
+        if path.suffix == ".safetensors" and (damage := find_damage(path)) is not None:
+            raise UserError(f"{path} {damage}: resume from another checkpoint")
+    step = checkpoint.step
+    with _named(folder / RNG_STATE):
+        load_rng_state_file(folder)
+    # It holds the moments and, in another file, the options of the parameter groups.
+    read_json(folder / OPTIMIZER_PARAM_GROUPS, list[dict[str, Any]], "resume from another checkpoint")
+    with _named(folder / OPTIMIZER_PARAM_GROUPS, folder / OPTIMIZER_STATE):
+        load_optimizer_state(components.optimizer, folder)
+    # A run without a schedule has none to load: one that is given on resume starts from its beginning.
+    if components.scheduler is not None and (folder / SCHEDULER_STATE).exists():
+        with _named(folder / SCHEDULER_STATE):
+            load_scheduler_state(components.scheduler, folder)
+    if (folder / METADATA_FILE).exists():
+        return read_trainer_state(folder / METADATA_FILE)
+    # Stock LeRobot keeps none of our state, but the W&B run in its configuration.
+    wandb = read_json(checkpoint.model_dir / "train_config.json", dict[str, Any]).get("wandb") or {}
+    return TrainerState(step=step, wandb_run_id=wandb.get("run_id"))
+
+
+@contextmanager
+def _named(*files: Path) -> Iterator[None]:
+    """Name the files in an error about what is in them: LeRobot's, torch's and safetensors' do not."""
     try:
-        # A run without a schedule has none to load: one that is given on resume starts from its beginning.
-        scheduler = components.scheduler if (checkpoint.training_dir / "scheduler_state.json").exists() else None
-        step, _, _ = load_training_state(checkpoint.directory, components.optimizer, scheduler)
-        path = checkpoint.training_dir / METADATA_FILE
-        if path.exists():
-            content = json.loads(path.read_text())
-            return TrainerState(**content | {"pending": read_pending(content)})
-        # Stock LeRobot keeps none of our state, but the W&B run in its configuration.
-        train_config = json.loads((checkpoint.model_dir / "train_config.json").read_text())
-        return TrainerState(step=step, wandb_run_id=(train_config.get("wandb") or {}).get("run_id"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{checkpoint.training_dir} is missing or damaged ({reason}): resume from another one"
-        ) from error
+        names = " or ".join(map(str, files))
+        raise UserError(f"{names} is missing or damaged ({reason}): resume from another checkpoint") from error
 
 
 def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
@@ -297,10 +295,8 @@ def load_rng_state(checkpoint: Checkpoint, process: int) -> bool:
     path = checkpoint.training_dir / _rng_file(process)
     if not path.exists():
         return False
-    try:
+    with _named(path):
         deserialize_rng_state(unflatten_dict(load_file(path)))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}): resume from another checkpoint") from error
     return True
 
 

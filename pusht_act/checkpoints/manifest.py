@@ -5,10 +5,12 @@ Imports neither torch nor lerobot, so that a refusal is immediate.
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from pusht_act.checkpoints.tensor_file import find_damage
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.stored import check_is_file, read_json
 
 MANIFEST = "manifest.json"
 """The file beside a checkpoint's two folders: {"pretrained_model/config.json": {"size": bytes, "sha256": hex}, ...}."""
@@ -21,6 +23,14 @@ RESUME_FILES = (
     *("training_state/optimizer_param_groups.json", "training_state/optimizer_state.safetensors"),
 )
 """What a resume cannot do without, in any checkpoint of LeRobot's layout. (The others have defaults.)"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
 
 
 def write_manifest(folder: Path) -> None:
@@ -41,17 +51,15 @@ def verify_manifest(folder: Path, files: tuple[str, ...] = ALL_FILES) -> str | N
         files: The beginnings of the names of the files to read.
     """
     try:
-        entries = json.loads((folder / MANIFEST).read_text())
-        for name, entry in entries.items():
-            if name.startswith(files) and (wrong := _verify_entry(folder, name, entry)):
-                return f"{name} {wrong}"
+        entries = read_json(folder / MANIFEST, dict[str, Entry])
     except FileNotFoundError:
         # Written by stock LeRobot, or by this project before it had manifests.
         return None
-    except OSError as error:
-        return f"a file cannot be read ({error})"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} is damaged ({type(error).__name__})"
+    except UserError as error:
+        return str(error).removeprefix(f"{folder}/").rpartition(": ")[0]
+    for name, entry in entries.items():
+        if name.startswith(files) and (wrong := _verify_entry(folder, name, entry)):
+            return f"{name} {wrong}"
     return None
 
 
@@ -71,55 +79,41 @@ def find_corruption(folder: Path) -> str | None:
     return None
 
 
-def _verify_entry(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+def _verify_entry(folder: Path, name: str, entry: Entry) -> str | None:
     """Return what is wrong with the file that `entry` describes, or None."""
     path = folder / name
     # A checkpoint may come from anywhere: its manifest must not make us read other files.
     if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
         return "lies outside of the checkpoint"
-    if not path.is_file():
-        return "is missing"
-    # The size is compared first, so that most damage is found without reading the file.
-    if (size := path.stat().st_size) != entry["size"]:
-        return f"is damaged: {size} bytes in place of {entry['size']}"
-    if sha256(path) != entry["sha256"]:
-        return f"is damaged: its SHA-256 is not that of {MANIFEST}"
+    try:
+        if not path.is_file():
+            return "is missing"
+        # The size is compared first, so that most damage is found without reading the file.
+        if (size := path.stat().st_size) != entry.size:
+            return f"is damaged: {size} bytes in place of {entry.size}"
+        if sha256(path) != entry.sha256:
+            return f"is damaged: its SHA-256 is not that of {MANIFEST}"
+    except (OSError, ValueError) as error:
+        # A name of a manifest may be no path at all, such as one with a null character.
+        return _cannot_be_read(error)
     return None
+
+
+def _cannot_be_read(error: Exception) -> str:
+    return f"cannot be read ({(error.strerror if isinstance(error, OSError) else None) or error})"
 
 
 def _check_format(path: Path) -> str | None:
-    """Return whether a file can be parsed at all, as "is damaged ..."; None if so. Numbers are not read."""
+    """Return what is wrong with a file that can be seen without knowing what it is for; None if nothing is."""
     try:
+        check_is_file(path)
         if path.suffix == ".json":
             json.loads(path.read_text())
-        if path.suffix == ".safetensors" and path.stat().st_size != safetensors_size(path):
-            return "is damaged: cut short"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return find_damage(path) if path.suffix == ".safetensors" else None
+    except OSError as error:
+        return _cannot_be_read(error)
+    except (ValueError, RecursionError) as error:
         return f"is damaged ({type(error).__name__})"
-    return None
-
-
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """Return the header of a safetensors file: name, dtype, shape and offsets of each tensor.
-
-    Raises:
-        UserError: there is no such header.
-    """
-    # The format: 8 bytes that give the length of the header, the header in JSON, then the tensors.
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 0 < length <= path.stat().st_size:
-            raise UserError(f"a header of {length} bytes")
-        header: dict[str, Any] = json.loads(file.read(length))
-    return header
-
-
-def safetensors_size(path: Path) -> int:
-    """Return the size in bytes that the header of a safetensors file promises."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    tensors = [entry for name, entry in safetensors_header(path).items() if name != "__metadata__"]
-    return 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
 
 
 def size_of(folder: Path) -> int:

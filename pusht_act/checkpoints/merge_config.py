@@ -3,7 +3,10 @@
 Reads plain files, of checkpoints of this project and of stock LeRobot. Imports neither torch nor lerobot.
 """
 
-import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +16,7 @@ from pusht_act.config.aliases import rename_config
 from pusht_act.config.overrides import parse_overrides
 from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.stored import read_json
 
 CLI_ONLY_KEYS = {
     *("mode", "steps", "output_dir", "overwrite", "print_lerobot_command", "checkpoint", "dir", "resume", "sweep"),
@@ -32,6 +36,7 @@ STOCK_ROOT = {
     "rename_map": "rename_map",
 }
 """Root keys of stock LeRobot's train_config.json, and ours."""
+STOCK_FILE = "train_config.json"
 STOCK_DATASET = ("repo_id", "root", "episodes", "revision", "use_imagenet_stats", "eval_split")
 STOCK_ENV = ("type", "task", "fps", "obs_type", "episode_length", "visualization_width", "visualization_height")
 STOCK_WANDB = ("project", "entity", "notes", "mode", "add_tags", "disable_artifact")
@@ -57,8 +62,8 @@ def merge_checkpoint_config(
     # Version 0.1 had mode=dagger. The empty section that it wrote for an ordinary run has no meaning any more.
     if resume and (labels := (saved.get("dagger") or {}).get("labels")):
         raise UserError(
-            f"{checkpoint.directory} was trained with dagger.labels={labels}, and mode=dagger was removed: "
-            "it can be evaluated; train on with the version that wrote it, or start a new run"
+            f"{checkpoint.directory} was trained with dagger.labels={labels} ({METADATA_FILE}), and mode=dagger "
+            "was removed: it can be evaluated; train on with the version that wrote it, or start a new run"
         )
     saved = {key: value for key, value in saved.items() if key != "dagger"}
     # Untyped, since the typed nodes of `cfg` refuse to be replaced by a dict.
@@ -86,6 +91,29 @@ def merge_checkpoint_config(
     return merged
 
 
+@contextmanager
+def blamed_on(checkpoint: Checkpoint, overrides: list[str]) -> Iterator[None]:
+    """Name the checkpoint's file in an error about a value that comes from it.
+
+    Args:
+        checkpoint: The checkpoint.
+        overrides: The command line's, whose values are the user's own.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        typed = {key for override in overrides for key in [override.partition("=")[0].lstrip("+~")]}
+        found = re.match(r"[\w.]+", message)
+        key = found[0].rstrip(".") if found is not None else ""
+        is_typed = any(key == each or key.startswith(f"{each}.") for each in typed)
+        if is_typed or str(checkpoint.model_dir) in message or str(checkpoint.directory) in message:
+            raise
+        ours = checkpoint.record is not None
+        file = "config.json" if key.startswith("policy") else METADATA_FILE if ours else STOCK_FILE
+        raise UserError(f"{checkpoint.model_dir / file}: {message}") from error
+
+
 def _check_choice(group: str, choice: str | None, saved: dict[str, str | None], checkpoint: Checkpoint) -> None:
     """Refuse a group choice other than the one that the checkpoint was trained with."""
     if group not in saved or saved[group] != choice:
@@ -101,9 +129,9 @@ def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[s
     config: dict[str, Any] = {}
     choices: dict[str, str | None] = {}
     rates: dict[str, Any] = {}
-    if (ours := _read_json(checkpoint.model_dir / METADATA_FILE)) is not None:
-        config, choices = rename_config(ours["config"]), ours["choices"]
-    elif (stock := _read_json(checkpoint.model_dir / "train_config.json")) is not None:
+    if (record := checkpoint.record) is not None:
+        config, choices = rename_config(record.config), record.choices
+    elif (stock := _read_json(checkpoint.model_dir / STOCK_FILE)) is not None:
         if resume:
             _check_resumable(stock, checkpoint)
         config, rates = _from_stock(stock), _stock_rates(stock)
@@ -115,7 +143,8 @@ def _saved(checkpoint: Checkpoint, resume: bool) -> tuple[dict[str, Any], dict[s
             f"{checkpoint.model_dir} holds a policy of type {policy.get('type')}: this project trains and evaluates act"
         )
     if policy.get("use_peft"):
-        raise UserError(f"{checkpoint.model_dir} holds an adapter (use_peft), which is not trained here")
+        file = checkpoint.model_dir / "config.json"
+        raise UserError(f"{file} describes an adapter (use_peft), which is not trained here")
     del_keys = ("pretrained_path", "pretrained_revision", "use_peft")
     return {**config, "policy": {k: v for k, v in policy.items() if k not in del_keys} | rates}, choices
 
@@ -125,11 +154,14 @@ def _check_resumable(train: dict[str, Any], checkpoint: Checkpoint) -> None:
     dataset, optimizer = train.get("dataset") or {}, train.get("optimizer") or {}
     if dataset.get("streaming") or (dataset.get("image_transforms") or {}).get("enable"):
         raise UserError(
-            f"{checkpoint.model_dir}: its data set was streamed or augmented (dataset.streaming, "
+            f"{checkpoint.model_dir / STOCK_FILE}: its data set was streamed or augmented (dataset.streaming, "
             "dataset.image_transforms), which this project does not do"
         )
     if optimizer.get("type", "adamw") != "adamw":
-        raise UserError(f"{checkpoint.model_dir} was trained with {optimizer['type']}, which this project does not use")
+        raise UserError(
+            f"{checkpoint.model_dir / STOCK_FILE}: it was trained with {optimizer['type']}, which this project does "
+            "not use"
+        )
 
 
 def _from_stock(train: dict[str, Any]) -> dict[str, Any]:
@@ -158,11 +190,8 @@ def _stock_rates(train: dict[str, Any]) -> dict[str, Any]:
     return {f"optimizer_{key}": optimizer[key] for key in ("lr", "weight_decay") if key in optimizer}
 
 
-def _read_json(path: Any) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        return read_json(path, dict[str, Any])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from error
-    return content

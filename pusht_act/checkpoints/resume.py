@@ -3,7 +3,6 @@
 Imports neither torch nor lerobot.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ from pusht_act.config.lerobot_fields import lerobot_fields
 from pusht_act.config.overrides import flatten, is_output_dir_typed
 from pusht_act.config.schema import (
     AUTOMATIC,
-    METADATA_FILE,
     OUR_SECTIONS,
     TRAIN_MODES,
     TRAINING,
@@ -102,10 +100,7 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
         return None
     checkpoint = last_checkpoint(run, remedy="start afresh with overwrite=true")
     # Of a checkpoint that this project did not write, nothing is known.
-    try:
-        was = rename_config(json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        was = {}
+    was = rename_config(record.config) if (record := checkpoint.record) is not None else {}
     if was.get("mode") not in [mode.value for mode in TRAINING]:
         if config.overwrite:
             return None

@@ -12,7 +12,6 @@ A process killed at any moment leaves complete checkpoints, and these names besi
   .last.new      a link about to be switched
 """
 
-import json
 import logging
 import os
 import re
@@ -21,9 +20,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.checkpoints.state import read_trainer_state
 from pusht_act.config.schema import METADATA_FILE, CheckpointsConfig, Config
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.atomic import delete, remove_dir
+from pusht_act.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +69,17 @@ def prune(run: RunDir, config: CheckpointsConfig, needed: Collection[int | None]
 def finish_cleanup(run: RunDir, config: Config, checkpoint: Checkpoint) -> None:
     """Finish the cleanup of a run that was killed right after it saved its last `checkpoint`."""
     try:
-        state = json.loads((checkpoint.training_dir / METADATA_FILE).read_text())
-    except (OSError, ValueError):
+        state = read_trainer_state(checkpoint.training_dir / METADATA_FILE)
+    except (OSError, UserError):
         # Stock LeRobot keeps no such state, and has nothing to clean up.
         return
     folders = {int(path.name): path for path in run.checkpoints.iterdir() if path.name.isdigit()}
-    best = state["best"]["step"] if state["best"] else None
+    best = state.best["step"] if state.best else None
     if best in folders and resolve_symlink(run, "best") != folders[best]:
         set_symlink(run, "best", folders[best].name)
     # Checkpoints that were written for their evaluation alone go, unless a regular save was due at the same step.
     every = [freq for freq in (config.save_freq, config.checkpoints.keep_every) if freq]
-    for step in {*state["spare"]} & folders.keys() - {best, checkpoint.step}:
+    for step in {*state.spare} & folders.keys() - {best, checkpoint.step}:
         if all(step % freq for freq in every):
             remove_dir(folders[step])
     prune(run, config.checkpoints)

@@ -1,34 +1,30 @@
 """Check that a model folder from an untrusted source is safe to load: plain JSON and safetensors, no pickle.
 
-LeRobot builds a policy's processors from a JSON file that may name any class to import and any file to read. Only the
-steps that LeRobot makes for ACT, and files of the folder itself, pass this check. It comes before anything is loaded.
-Imports neither torch nor lerobot.
+The check comes before anything is loaded. What it lets through has the types that LeRobot expects, weights that are
+finite, and processors that do their work (processor_files.py). Imports neither torch nor lerobot.
 """
 
-import json
-import re
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pusht_act.checkpoints.manifest import safetensors_header
-from pusht_act.config.schema import METADATA_FILE
-from pusht_act.runtime.errors import UserError
+from pusht_act.checkpoints.checkpoint import Checkpoint
+from pusht_act.checkpoints.processor_files import check_processors
+from pusht_act.checkpoints.tensor_file import find_damage, read_header
+from pusht_act.config.lerobot_fields import lerobot_fields
+from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS
+from pusht_act.runtime.errors import UserError, join_some
+from pusht_act.runtime.stored import check_is_file, read_json
 
-STEPS = (
-    *("rename_observations_processor", "to_batch_processor", "device_processor", "normalizer_processor"),
-    "unnormalizer_processor",
-)
-"""The steps that make_act_pre_post_processors uses, by their names in LeRobot's registry."""
-STATE_FILE = re.compile(r"\w[\w.-]*\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 """What makes hydra.utils.instantiate call something."""
 SIZES = ("dim_model", "dim_feedforward", "chunk_size", "latent_dim", "shape")
 """Keys of a policy's configuration that decide how large its weights are, beside its numbers of layers."""
-SECTIONS = ("policy", "env", "dataset", "optimizer", "scheduler", "eval", "wandb", "demos", "dagger", "checkpoints")
-MAX_JSON_BYTES = 16_000_000
-"""The largest JSON file that is read; LeRobot's have some kilobytes."""
+LEROBOT_SECTIONS = ("policy", "env", "dataset", "optimizer", "scheduler")
+STOCK_SECTIONS = (*LEROBOT_SECTIONS, "eval", "wandb")
+"""Of stock LeRobot's train_config.json, which has null for a section that it does not use."""
 
 
 def check_safe_to_load(model: Path) -> None:
@@ -41,6 +37,8 @@ def check_safe_to_load(model: Path) -> None:
     """
     # A pickle beside safetensors does no harm, since nobody reads it.
     weights = model / "model.safetensors"
+    for path in model.iterdir():
+        check_is_file(path)
     pickles = sorted(path.name for path in model.iterdir() if path.suffix in PICKLES)
     if pickles and not weights.exists():
         raise UserError(
@@ -48,41 +46,47 @@ def check_safe_to_load(model: Path) -> None:
             "give a checkpoint with model.safetensors"
         )
     for name in ("config.json", "train_config.json", METADATA_FILE):
-        if (model / name).exists():
-            content = _read(model / name)
+        if os.path.lexists(model / name):
+            content = read_json(model / name, dict[str, Any])
             _check_plain(model / name, content)
             _check_sections(model / name, content)
     # Of a known policy, the sizes can be checked against the weights, and the steps against LeRobot's own.
-    policy = _read(model / "config.json")
+    policy = read_json(model / "config.json", dict[str, Any])
     if policy.get("type") != "act":
-        raise UserError(f"{model} holds a policy of type {policy.get('type')}: this project trains and evaluates act")
+        raise UserError(
+            f"{model / 'config.json'} holds a policy of type {policy.get('type')!s:.60}: this project trains and "
+            "evaluates act"
+        )
+    _check_fields(model / "config.json", policy)
+    Checkpoint(model).record  # noqa: B018  (its types)
+    for path in sorted(model.glob("*.safetensors")):
+        if (damage := find_damage(path)) is not None:
+            raise UserError(f"{path} {damage}: give another checkpoint")
     if weights.is_file():
         _check_sizes(model / "config.json", policy, weights)
-    for path in (model / "policy_preprocessor.json", model / "policy_postprocessor.json"):
-        if path.exists():
-            _check_steps(path)
+    check_processors(model)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file."""
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError("no file of a plausible size")
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): give another checkpoint") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (no JSON object): give another checkpoint")
-    return content
+def _check_fields(path: Path, policy: dict[str, Any]) -> None:
+    """Refuse fields that the LeRobot which is installed does not have: a newer one may mean anything by them."""
+    if new := sorted(policy.keys() - lerobot_fields()["policy"].keys() - {"type"}):
+        from importlib.metadata import version
+
+        raise UserError(
+            f"{path} has {join_some(new)}, which LeRobot {version('lerobot')} does not know: it was written by a newer "
+            "LeRobot (or by hand); use that version, or give another checkpoint"
+        )
 
 
 def _check_sections(path: Path, content: dict[str, Any]) -> None:
     """Refuse a value where our code expects a section: it would fail later, with a message about something else."""
-    sections = {key: content.get(key) or {} for key in SECTIONS}
+    sections = {key: content.get(key) or {} for key in STOCK_SECTIONS}
     if path.name == METADATA_FILE:
         sections = {key: content.get(key) for key in ("config", "choices")}
         if isinstance(inner := content.get("config"), dict):
-            sections |= {key: inner.get(key) or {} for key in SECTIONS}
+            sections |= {key: inner.get(key, {}) for key in (*LEROBOT_SECTIONS, *OUR_SECTIONS)}
+            # Of version 0.1.
+            sections["dagger"] = inner.get("dagger") or {}
     for key, value in sections.items():
         if not isinstance(value, dict):
             raise UserError(f"{path} is damaged ({key} is no section): give another checkpoint")
@@ -114,11 +118,7 @@ def _items(content: Any) -> Iterator[tuple[str, Any]]:
 def _check_sizes(path: Path, policy: dict[str, Any], weights: Path) -> None:
     """Refuse sizes in config.json that the weights cannot have: they decide how much memory is allocated."""
     # The largest end of a tensor is the number of bytes of all of them.
-    try:
-        stored = max((e["data_offsets"][1] for k, e in safetensors_header(weights).items() if k != "__metadata__"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        # Damaged: loading the file says so.
-        return
+    stored = max((entry["data_offsets"][1] for entry in read_header(weights).values()), default=0)
     width = policy.get("dim_model", 1)
     for key, value in [("dim_model", width), *_items(policy)]:
         if not isinstance(value, int) or not (key in SIZES or key.endswith("_layers")):
@@ -128,29 +128,4 @@ def _check_sizes(path: Path, policy: dict[str, Any], weights: Path) -> None:
         if 4 * floats > stored:
             raise UserError(
                 f"{path}: {key}={value} does not fit the {stored} bytes of model.safetensors: give another checkpoint"
-            )
-
-
-def _check_steps(path: Path) -> None:
-    """Refuse a processor with a step that LeRobot's processors for ACT do not have, or with a file elsewhere."""
-    steps = _read(path).get("steps")
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise UserError(f"{path} is damaged (no list of steps): give another checkpoint")
-    for step in steps:
-        name = step.get("registry_name")
-        # LeRobot imports what "class" names, and that is all it takes to run any code.
-        if "class" in step:
-            raise UserError(
-                f"{path} names a class to import ({str(step['class'])[:60]}), which is never done: "
-                "give a checkpoint whose processors are LeRobot's own"
-            )
-        if name not in STEPS:
-            raise UserError(
-                f"{path}: a step {str(name)[:60]} is none of those that LeRobot makes for ACT ({', '.join(STEPS)}): "
-                "give another checkpoint"
-            )
-        file = step.get("state_file", "x.safetensors")
-        if not isinstance(file, str) or not STATE_FILE.fullmatch(file):
-            raise UserError(
-                f"{path}: state_file={file!r:.60} is no .safetensors file of this folder: give another checkpoint"
             )

@@ -65,10 +65,10 @@ class RunDir:
     def last_start(self) -> dict[str, Any] | None:
         """Return what runs.jsonl says of the last start: command, commit, versions, host; None if there is none."""
         try:
-            started: dict[str, Any] = json.loads((self.path / RUNS_FILE).read_text().splitlines()[-1])
-        except (OSError, ValueError, IndexError):
+            started = json.loads(read_text(self.path / RUNS_FILE).splitlines()[-1])
+        except (OSError, ValueError, IndexError, RecursionError):
             return None
-        return started
+        return started if isinstance(started, dict) else None
 
     def configuration(self) -> dict[str, Any]:
         """Return config.yaml as the last start wrote it; empty if there is none that can be read."""

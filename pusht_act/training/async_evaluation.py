@@ -24,8 +24,9 @@ from safetensors.torch import load_model
 from safetensors.torch import save as save_tensors
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState, step_name
+from pusht_act.checkpoints.checkpoint_io import TrainComponents, step_name
 from pusht_act.checkpoints.manifest import find_corruption
+from pusht_act.checkpoints.state import TrainerState
 from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import Config
 from pusht_act.envs.vector_env import VectorEnv, make_vector_envs

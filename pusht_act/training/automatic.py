@@ -3,7 +3,6 @@
 policy.device=auto is the exception: each start takes what its machine has (config/lerobot.py, resolve_device).
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.config.lerobot import resolve_device
-from pusht_act.config.schema import AUTO, METADATA_FILE, Config
+from pusht_act.config.schema import AUTO, Config
 from pusht_act.policy.backbone_weights import available_weights
 from pusht_act.policy.torch_internals import cpu_has_bf16
 
@@ -51,8 +50,5 @@ def _has_bf16(device: str) -> bool:
 
 def _norm_of(checkpoint: Checkpoint) -> str:
     """Return the norm that a checkpoint was trained with; stock LeRobot and older versions of ours have frozen ones."""
-    try:
-        norm = json.loads((checkpoint.model_dir / METADATA_FILE).read_text())["config"]["train"]["backbone_norm"]
-    except (OSError, KeyError):
-        return "frozen"
-    return str(norm)
+    train = record.config.get("train") if (record := checkpoint.record) is not None else None
+    return str((train or {}).get("backbone_norm", "frozen"))

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
+from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.checkpoints.state import TrainerState
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.loader import BatchLoader

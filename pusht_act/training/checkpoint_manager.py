@@ -20,8 +20,9 @@ from typing import Any
 
 from pusht_act.checkpoints import checkpoint_io
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState, step_name
+from pusht_act.checkpoints.checkpoint_io import TrainComponents, step_name
 from pusht_act.checkpoints.retention import prune, set_symlink
+from pusht_act.checkpoints.state import Best, TrainerState
 from pusht_act.config.lerobot import LeRobotConfig, TrainPipelineConfig, train_pipeline_config
 from pusht_act.config.schema import Config
 from pusht_act.runs.run_dir import RunDir
@@ -76,7 +77,7 @@ class CheckpointManager:
     _future: Future[Checkpoint] | None = None
     _step: int = 0
     _protected: Steps = ()
-    _former_best: dict[str, Any] | None = None
+    _former_best: Best | None = None
     _failed: int | None = None
 
     def is_due(self, step: int) -> bool:

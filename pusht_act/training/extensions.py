@@ -5,14 +5,12 @@ Imports neither torch nor lerobot.
 
 import functools
 import inspect
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.config.schema import METADATA_FILE
 from pusht_act.runs.provenance import command_line
 from pusht_act.runtime.errors import UserError
 
@@ -78,10 +76,8 @@ class Extensions:
             UserError: naming both.
         """
         # A file of stock LeRobot's or an older version of ours knows of no such functions: the defaults.
-        try:
-            saved = json.loads((checkpoint.model_dir / METADATA_FILE).read_text())
-        except FileNotFoundError:
-            saved = {}
+        record = checkpoint.record
+        saved = {} if record is None else {"loss": record.loss, "transforms": record.transforms}
         now = self.metadata()
         for key in ("loss", "transforms"):
             if saved.get(key) != now.get(key):

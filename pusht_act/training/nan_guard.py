@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
+from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.checkpoints.state import TrainerState
 from pusht_act.config.schema import TrainConfig
 from pusht_act.data.loader import Batch
 from pusht_act.policy.act import autocast

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pusht_act.checkpoints import checkpoint_io
 from pusht_act.checkpoints.checkpoint import EMA_DIR, Checkpoint, latest_valid
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
+from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.checkpoints.state import TrainerState
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.sampler import EpisodeSampler

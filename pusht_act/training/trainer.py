@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainComponents, TrainerState
+from pusht_act.checkpoints.checkpoint_io import TrainComponents
+from pusht_act.checkpoints.state import TrainerState
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
 from pusht_act.data.loader import Batch, BatchIndices, BatchLoader

@@ -15,7 +15,8 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.processor_act import make_act_pre_post_processors
 
 import pusht_act
-from pusht_act.checkpoints.safe_loading import STEPS, check_safe_to_load
+from pusht_act.checkpoints.processor_files import STEPS
+from pusht_act.checkpoints.safe_loading import check_safe_to_load
 from pusht_act.config.errors import explain
 from pusht_act.data.lerobot_reader import open_lerobot_dataset
 from pusht_act.main import CONFIG_DIR, USER_ERRORS
@@ -96,12 +97,15 @@ def not_a_file(model: Path) -> None:
 # What is done to the folder, and what the one line must contain.
 HOSTILE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "pickled weights": (pickled_only, ("pytorch_model.bin, a pickle", "never read", "model.safetensors")),
-    "a pickle by another name": (pickle_named_safetensors, ("model.safetensors is missing or damaged",)),
-    "an endless header": (header_of(2**62), ("model.safetensors is missing or damaged",)),
+    "a pickle by another name": (pickle_named_safetensors, ("model.safetensors is damaged (",)),
+    "an endless header": (header_of(2**62), ("model.safetensors is damaged (",)),
     "type": (change("config.json", type="diffusion"), ("holds a policy of type diffusion",)),
     "no type": (change("config.json", type=None), ("holds a policy of type None",)),
     "type is a path": (change("config.json", type="os.system"), ("policy of type os.system",)),
-    "an unknown field": (change("config.json", run_me="x"), ("policy.run_me is unknown",)),
+    "an unknown field": (
+        change("config.json", run_me="x"),
+        ("config.json has run_me, which", "a newer LeRobot"),
+    ),
     "_target_": (change("config.json", _target_="os.system"), ("config.json has the key _target_",)),
     "_target_ within": (change("config.json", normalization_mapping=RUN_IT), ("has the key _target_",)),
     "_target_ in ours": (change("pusht_act.json", config={"env": RUN_IT}), ("pusht_act.json has the key _target_",)),
@@ -116,8 +120,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "memory for a width": (change("config.json", dim_model=10**9), ("dim_model=1000000000 does not fit",)),
     "memory for layers": (change("config.json", n_encoder_layers=10**7), ("n_encoder_layers=10000000 does not",)),
     "memory for a chunk": (change("config.json", chunk_size=10**12), ("chunk_size=1000000000000 does not fit",)),
-    "deep JSON": (text("config.json", "[" * 10**5), ("config.json is damaged",)),
-    "a list": (text("config.json", "[]"), ("config.json is damaged (no JSON object)",)),
+    "deep JSON": (text("config.json", "[" * 10**5), ("config.json is damaged (recursion",)),
+    "a list": (text("config.json", "[]"), ("config.json is damaged (it should be an object)",)),
     "no text": (lambda model: (model / "config.json").write_bytes(b"\xff\xfe\0"), ("config.json is damaged",)),
     "vast JSON": (text("train_config.json", " " * 17_000_000), ("train_config.json is damaged (no file of a plaus",)),
     "a folder for a file": (not_a_file, ("holds no checkpoint",)),
@@ -148,7 +152,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         step(0, "policy_postprocessor.json", state_file="/etc/outside.safetensors"),
         ("policy_postprocessor.json: state_file='/etc/outside.safetensors' is no",),
     ),
-    "options of a step": (step(3, config={"features": 3}), ("the processors are missing or damaged",)),
+    "options of a step": (
+        step(3, config={"features": 3}),
+        ("preprocessor.json is damaged (steps.3.config.fea",),
+    ),
     "no processors": (lambda model: (model / "policy_preprocessor.json").unlink(), ("processors are missing",)),
 }
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import pusht_act
 from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint
-from pusht_act.checkpoints.checkpoint_io import TrainerState
+from pusht_act.checkpoints.state import TrainerState
 from pusht_act.job import Result
 from pusht_act.training.async_evaluation import find_pending
 from tests.helpers.config import config
