@@ -8,6 +8,7 @@
       0/ 1/ ...         the run directory of each job
 
     resume              the command's arguments -> those of the sweep to resume       in the process of the command
+    recorded            which overrides of a sweep.json are taken
     callback            writes sweep.json before the first job
     optuna_sweeper      chooses the values of each job, batch by batch
     slurm, joblib_workers     what Hydra's launchers lack: the script, cores and GPUs, signals

@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from pusht_act.config.schema import AUTO, TRAIN_MODES
+from pusht_act.runtime.stored import read_json
 
 
 def decide_for_sweep(cfg: DictConfig, directory: Path) -> None:
@@ -31,7 +32,8 @@ def decide_for_sweep(cfg: DictConfig, directory: Path) -> None:
         from pusht_act.policy.backbone_weights import available_weights
 
         _write_first(path, json.dumps(available_weights(backbone)))
-    policy.pretrained_backbone_weights = json.loads(path.read_text())
+    decided = read_json(path, list[str | None], "delete it", lambda content: [content])
+    policy.pretrained_backbone_weights = decided[0]
 
 
 def _write_first(path: Path, text: str) -> None:

@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pusht_act.sweeps.hydra_internals import expand_grid, is_basic_sweeper
 from pusht_act.sweeps.joblib_workers import init_worker, partition_resources
+from pusht_act.sweeps.pruning import STORAGE
 from pusht_act.sweeps.slurm import sbatch_script
 from pusht_act.sweeps.state import IDENTITY, recorded_overrides, write_json
 
@@ -24,6 +25,20 @@ class LaunchedSweep:
     directory: Path | None = None
     hydra_node: DictConfig | None = None
     """Its Hydra configuration."""
+    is_new: bool = False
+    """Whether it was not there before."""
+    made: list[Path] = field(default_factory=list)
+    """The folders that did not exist before."""
+
+    def undo(self) -> None:
+        """Remove what was written of a sweep that is refused before its first job."""
+        if self.directory is None or not self.is_new or (self.directory / "jobs").exists():
+            return
+        for name in (IDENTITY, "multirun.yaml", STORAGE):
+            (self.directory / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            for folder in self.made:
+                folder.rmdir()
 
 
 # Hydra creates the callback by its name in conf/config.yaml and hands out neither the object nor a return value. What
@@ -52,13 +67,16 @@ class SweepCallback(Callback):  # type: ignore[misc]
         if config.cluster.dry_run:
             _show_script(config.hydra, max(len(grid), 1))
         directory = Path(config.hydra.sweep.dir)
+        is_new = not (directory / IDENTITY).exists()
         if (launched := _launched.get()) is not None:
             launched.directory, launched.hydra_node = directory, config.hydra
+            launched.made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+            launched.is_new = is_new
         content = {"overrides": recorded_overrides([*task, *hydras]), "jobs": grid}
         if direction := OmegaConf.select(config, "hydra.sweeper.direction"):
             content["direction"] = direction.value
         # A sweep that is resumed keeps what was recorded when it started.
-        if not (directory / IDENTITY).exists():
+        if is_new:
             write_json(directory / IDENTITY, content)
         partition_resources(config.hydra.launcher, len(grid))
 

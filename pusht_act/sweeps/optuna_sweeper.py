@@ -14,6 +14,7 @@ Imports neither torch nor lerobot, and Optuna only where a study is opened.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+
+MOST_VALUES = 1_000_000
+"""How many values a range may have."""
 
 
 def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
@@ -116,14 +120,14 @@ def _distribution(override: Override) -> "BaseDistribution":
     if unread := tags - ({"log"} if override.is_interval_sweep() else set()):
         raise UserError(f"{override.input_line}: the tag {', '.join(unread)} means nothing, give tag(log, interval())")
     try:
+        _check_ends(override)
         # interval() is continuous unless both ends are whole numbers.
         if override.is_interval_sweep():
             whole = isinstance(value.start, int) and isinstance(value.end, int)
             return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log="log" in tags)
         if override.is_range_sweep():
             # Rounded, since 0.1 + 0.2 should be 0.3.
-            values = [round(number, 12) for number in value.range()]
-            if not values:
+            if not (values := [round(number, 12) for number in value.range()]):
                 raise UserError("the range is empty")
             whole = isinstance(values[0], int)
             kind = IntDistribution if whole else FloatDistribution
@@ -132,6 +136,18 @@ def _distribution(override: Override) -> "BaseDistribution":
         return CategoricalDistribution(list(override.sweep_string_iterator()))
     except ValueError as error:
         raise UserError(f"{override.input_line}: {error}") from error
+
+
+def _check_ends(override: Override) -> None:
+    """Refuse an interval or a range without ends, or with more values than anybody can mean."""
+    if not (override.is_interval_sweep() or override.is_range_sweep()):
+        return
+    value = override.value()
+    ends = (value.start, value.stop, value.step) if override.is_range_sweep() else (value.start, value.end)
+    if not all(end is not None and math.isfinite(end) for end in ends):
+        raise UserError("give finite numbers")
+    if override.is_range_sweep() and (value.step == 0 or abs(value.stop - value.start) / abs(value.step) > MOST_VALUES):
+        raise UserError(f"give a step that leaves at most {MOST_VALUES:,} values")
 
 
 def _check(options: OptunaConfig) -> None:
@@ -180,6 +196,12 @@ def _suggest(study: "Study", number: int, space: dict[str, "BaseDistribution"], 
     trials = study.get_trials(deepcopy=False)
     if number < len(trials):
         params = trials[number].params
+        # The study's file may come from anybody, and its parameters become overrides.
+        if trials[number].distributions != space or not params.keys() <= space.keys():
+            raise UserError(
+                f"{STORAGE} of the sweep has other values to choose in trial {number} than its overrides: start "
+                "another sweep"
+            )
     else:
         assert number == len(trials)
         # A sampler of its own for each trial, so that a resumed sweep need not replay the former ones' random numbers.

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hydra.errors import HydraException
+
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.signals import signals
 from pusht_act.sweeps.callback import observe_launch
 from pusht_act.sweeps.slurm import explain_submit_error, wait_for_array
-from pusht_act.sweeps.state import FINISHED, Job, load_jobs, read_direction
+from pusht_act.sweeps.state import FINISHED, Job, load_jobs, read_identity
 from pusht_act.sweeps.table import format_best, format_jobs
 
 
@@ -28,6 +30,10 @@ def sweep_summary() -> Iterator[None]:
             yield
             # A signal was forwarded to the jobs, which have stopped by now.
             signals.raise_if_stopped()
+        except (HydraException, UserError):
+            # Refused: a command that was not carried out leaves no file.
+            launched.undo()
+            raise
         except FileExistsError:
             # Another process is running this sweep, and will print the table.
             shows = False
@@ -43,7 +49,9 @@ def sweep_summary() -> Iterator[None]:
             if shows and directory is not None and (directory / "jobs").is_dir():
                 jobs = load_jobs(directory)
                 undone = [job for job in jobs if job.state not in FINISHED]
-                print(*format_jobs(jobs), *format_best(read_direction(directory), jobs), sep="\n", flush=True)
+                identity = read_identity(directory)
+                direction = identity.direction if identity is not None else None
+                print(*format_jobs(jobs), *format_best(direction, jobs), sep="\n", flush=True)
                 if undone:
                     print(f"to resume: pusht-act -m sweep.resume={directory}", flush=True)
     if undone:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pusht_act.config.overrides import unused_overrides
 from pusht_act.runtime.errors import UserError
+from pusht_act.sweeps.recorded import check_recorded
 from pusht_act.sweeps.state import (
     IDENTITY,
     LAUNCH_KEYS,
@@ -53,17 +54,19 @@ def expand_resume_args(argv: Sequence[str]) -> list[str]:
 
 def _resume_args(argv: Sequence[str], folder: str) -> list[str]:
     """Return the arguments that start the sweep in `folder` again, where and as often as `argv` says."""
-    recorded = read_identity(Path(folder))
-    if recorded is None:
+    identity = read_identity(Path(folder))
+    if identity is None:
         raise FileNotFoundError(
             f"sweep.resume={folder} holds no sweep (no {IDENTITY}): give a folder such as multirun/DATE/TIME"
         )
+    recorded = identity.overrides
     rest = [override for override in recorded_overrides(argv) if override != f"sweep.resume={folder}"]
     if other := [override for override in result_overrides(rest) if override not in recorded]:
         raise UserError(
             f"{' '.join(other)}: the sweep in {folder} is resumed as it was started; leave it out, or start another one"
         )
 
+    check_recorded(recorded, argv, folder)
     # Another launcher, or more tries, changes nothing about the results.
     launch = [override for override in rest if override.startswith(LAUNCH_KEYS)]
     replaced = {override.partition("=")[0] for override in launch}
@@ -76,11 +79,11 @@ def _resume_args(argv: Sequence[str], folder: str) -> list[str]:
 
 def _check_same_sweep(argv: Sequence[str], folder: str) -> None:
     """Refuse to start a sweep in the folder of another one; in a new folder, or in its own, it may."""
-    recorded = read_identity(Path(folder))
-    if recorded is None:
+    identity = read_identity(Path(folder))
+    if identity is None:
         return
     # In the same order, too, since that numbers the jobs.
-    was, now = result_overrides(recorded), result_overrides(recorded_overrides(argv))
+    was, now = result_overrides(identity.overrides), result_overrides(recorded_overrides(argv))
     if now != was:
         raise UserError(
             f"hydra.sweep.dir={folder} holds another sweep ({describe_difference(was, now)}): give the same "

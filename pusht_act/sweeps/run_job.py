@@ -1,6 +1,5 @@
 """Run one job of a sweep, unless it is done already, and record what becomes of it in jobs/N.json."""
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.config.aliases import rename_overrides
 from pusht_act.config.optuna import Metric
 from pusht_act.config.overrides import is_output_dir_typed, unused_overrides
 from pusht_act.config.schema import Mode
@@ -19,10 +17,10 @@ from pusht_act.runtime.lock import LockOwner
 from pusht_act.sweeps.backbone_weights import decide_for_sweep
 from pusht_act.sweeps.state import (
     FINISHED,
-    IDENTITY,
     Job,
     describe_difference,
     load_job,
+    read_identity,
     result_overrides,
     varied_overrides,
     write_job,
@@ -114,8 +112,9 @@ def _check_same_job(directory: Path, number: int, overrides: list[str]) -> None:
     """Refuse a job whose overrides have changed since the sweep was started, such as by editing a preset."""
     # Optuna chooses the overrides of a job later, and a sweep may be given more trials on resume. In both cases nothing
     # is recorded for the job.
-    grid: list[list[str]] = json.loads((directory / IDENTITY).read_text())["jobs"]
-    recorded = rename_overrides(grid[number], quiet=True) if number < len(grid) else []
+    identity = read_identity(directory)
+    grid = identity.jobs if identity is not None else []
+    recorded = grid[number] if number < len(grid) else []
     # What an older version accepted without a use is left out on resume.
     unused = unused_overrides(recorded)
     recorded = [override for override in recorded if override in overrides or override not in unused]

@@ -4,11 +4,14 @@ The files alone determine the state, so it is the same from every machine. Impor
 """
 
 import json
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Predicate
 
 from pusht_act.config.aliases import rename_overrides
 from pusht_act.config.optuna import Metric
@@ -16,6 +19,9 @@ from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import NAME as LOCK
 from pusht_act.runtime.lock import LockOwner
+from pusht_act.runtime.stored import read_json
+
+log = logging.getLogger(__name__)
 
 IDENTITY = "sweep.json"
 LAUNCH_KEYS = (
@@ -23,6 +29,7 @@ LAUNCH_KEYS = (
     *("sweep.max_tries", "hydra.sweeper.n_trials="),
 )
 """Beginnings of overrides that may change when a sweep is resumed: where and how often its jobs run."""
+STATES = ("done", "pruned", "failed", "interrupted", "running", "waiting")
 FINISHED = ("done", "pruned")
 """States in which a job is left alone."""
 
@@ -33,7 +40,7 @@ class Job:
 
     number: int
     overrides: list[str]
-    state: str = "waiting"
+    state: Annotated[str, Predicate(STATES.__contains__)] = "waiting"
     tries: int = 0
     """How often it was started."""
     failures: int = 0
@@ -51,11 +58,41 @@ class Job:
     """The process that started it last, as a lock's owner is described."""
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What a sweep was started as. Its fields are the keys of sweep.json."""
+
+    overrides: list[str]
+    """The command line's, with the present names of options."""
+    jobs: list[list[str]]
+    """The overrides of each job of a grid; empty for a job whose values Optuna chooses."""
+    direction: str | None = None
+    """Whether Optuna looks for the largest or the smallest value."""
+
+
+def read_identity(directory: Path) -> Identity | None:
+    """Return what the sweep in `directory` was started as; None where there is no sweep.
+
+    Raises:
+        UserError: sweep.json is damaged.
+    """
+    try:
+        found = read_json(directory / IDENTITY, Identity, "begin another sweep")
+    except FileNotFoundError:
+        return None
+    jobs = [rename_overrides(job, quiet=True) for job in found.jobs]
+    return Identity(rename_overrides(found.overrides, quiet=True), jobs, found.direction)
+
+
 def load_jobs(directory: Path) -> list[Job]:
-    """Return all jobs of the sweep in `directory`, including those that were never started."""
-    content = json.loads((directory / IDENTITY).read_text())
+    """Return all jobs of the sweep in `directory`, including those that were never started.
+
+    Raises:
+        UserError: sweep.json is damaged.
+    """
+    identity = read_identity(directory)
     # A sweep that was given more trials on resume has more jobs than its identity lists.
-    grid = dict(enumerate(content["jobs"]))
+    grid = dict(enumerate(identity.jobs if identity is not None else []))
     started = (int(path.stem) for path in (directory / "jobs").glob("*.json") if path.stem.isdigit())
     return [load_job(directory, number, grid.get(number, [])) for number in sorted({*grid, *started})]
 
@@ -75,7 +112,8 @@ def load_job(directory: Path, number: int, overrides: list[str]) -> Job:
     # Read a second time: it may have ended just now, and its process with it.
     if found.state == "running" and not _is_alive(found, path) and _read_job(path) == found:
         found.state = "interrupted"
-    return found
+    # A damaged file does not tell them.
+    return replace(found, overrides=found.overrides or list(overrides))
 
 
 def recorded_overrides(overrides: Sequence[str]) -> list[str]:
@@ -88,7 +126,8 @@ def recorded_overrides(overrides: Sequence[str]) -> list[str]:
 
 def varied_overrides(directory: Path, overrides: Sequence[str]) -> list[str]:
     """Return those of a job's overrides that its sweep does not give to every job."""
-    given = json.loads((directory / IDENTITY).read_text())["overrides"]
+    identity = read_identity(directory)
+    given = identity.overrides if identity is not None else []
     return [override for override in overrides if override not in given and not override.startswith("output_dir=")]
 
 
@@ -103,30 +142,18 @@ def describe_difference(was: list[str], now: list[str]) -> str:
     return f"was {lost or 'without that'}, now {new or 'without that'}" if lost or new else "in order"
 
 
-def read_direction(directory: Path) -> str | None:
-    """Return maximize or minimize; None for a sweep that has no best job."""
-    direction: str | None = json.loads((directory / IDENTITY).read_text()).get("direction")
-    return direction
+def _read_job(path: Path) -> Job | None:
+    """Return what the file of a job says; None if there is none.
 
-
-def read_identity(directory: Path) -> list[str] | None:
-    """Return the overrides that the sweep in `directory` was started with; None where there is no sweep."""
+    A job whose file is damaged was started, and may have been interrupted: resuming it does no work twice.
+    """
     try:
-        overrides = rename_overrides(json.loads((directory / IDENTITY).read_text())["overrides"], quiet=True)
+        return replace(read_json(path, Job), number=int(path.stem))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / IDENTITY} is damaged ({error}): begin another sweep") from error
-    return overrides
-
-
-def _read_job(path: Path) -> Job | None:
-    """Return what the file of a job says; None if there is none that can be read."""
-    # Another process may have removed it, and a version of another time may have other fields (TypeError).
-    try:
-        return Job(**json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+    except UserError as error:
+        log.warning("%s: the job counts as interrupted", str(error).rpartition(": ")[0])
+        return Job(int(path.stem), [], "interrupted", tries=1)
 
 
 def _is_alive(found: Job, path: Path) -> bool:
@@ -149,4 +176,4 @@ def write_job(directory: Path, found: Job) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file atomically, since another process may be reading it, and make its folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n", sync=True)

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
-from pusht_act.runs.run_dir import RUNS_FILE, RunDir
-from pusht_act.runtime.errors import UserError
+from pusht_act.runs.run_dir import RUNS_FILE, RunDir, parse_metrics
 from pusht_act.runtime.lock import read_owner
+from pusht_act.runtime.stored import read_text
 from pusht_act.sweeps.state import IDENTITY, Job, load_jobs
 from pusht_act.sweeps.table import HEADER_LINES, format_jobs
 
@@ -88,12 +88,7 @@ def find_jobs(directory: Path) -> list[Job]:
         UserError: it cannot be read.
     """
     if (directory / IDENTITY).exists():
-        try:
-            jobs = load_jobs(directory)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{directory / IDENTITY} is damaged ({error}): give the folder of one of its runs"
-            ) from error
+        jobs = load_jobs(directory)
         # A job that was not started has no folder yet, and those of a sweep that was moved are not where they were.
         for job in jobs:
             if not job.output_dir or not Path(job.output_dir).is_dir():
@@ -109,7 +104,7 @@ def find_jobs(directory: Path) -> list[Job]:
 
 def _run_as_job(run: RunDir) -> Job:
     """Return a run as a job. It is never `failed`: no file tells a failure from an interruption."""
-    starts = [start for line in _text(run.path / RUNS_FILE).splitlines() if (start := _values(line))]
+    starts = [start for line in _text(run.path / RUNS_FILE).splitlines() if (start := _start(line))]
     last = starts[-1] if starts else {}
     holder, alive = read_owner(run.path)
     progress = read_progress(run.path)
@@ -119,7 +114,11 @@ def _run_as_job(run: RunDir) -> Job:
     if is_complete and holder is None and not Checkpoint(run.checkpoints / "last" / MODEL_DIR).pending:
         state = "done"
     host = holder.host if holder is not None else last.get("host", "")
-    overrides = shlex.split(last.get("command", ""))[1:]
+    try:
+        overrides = shlex.split(last.get("command", ""))[1:]
+    except ValueError:
+        # A quotation mark without its other half: not ours.
+        overrides = []
     return Job(0, overrides, state, len(starts), output_dir=str(run.path), holder={"host": host})
 
 
@@ -196,9 +195,9 @@ def _read_metrics(path: Path) -> Progress:
 def _parse_metrics(path: Path, _size: int, _changed_ns: int) -> Progress:
     """Return the same, reading the file once for each of its states."""
     # All jobs of a sweep may have a million lines together: only those that look right are parsed.
-    lines = path.read_text(errors="replace").splitlines()
-    trained = next((values for line in reversed(lines) if RATE in line and (values := _values(line))), {})
-    evaluated = [values for line in lines if SUCCESS in line and (values := _values(line))]
+    lines = read_text(path, errors="replace").splitlines()
+    trained: dict[str, Any] = next((values for line in reversed(lines) if (values := _metrics(line, RATE))), {})
+    evaluated = [values for line in lines if (values := _metrics(line, SUCCESS))]
     scores = [values[SUCCESS] for values in evaluated]
     steps = [values["step"] for values in (trained, *evaluated) if values]
     return Progress(
@@ -206,12 +205,20 @@ def _parse_metrics(path: Path, _size: int, _changed_ns: int) -> Progress:
     )
 
 
-def _values(line: str) -> dict[str, Any]:
-    """Return the JSON object in a line; empty if the line is still being written."""
+def _metrics(line: str, key: str) -> dict[str, Any] | None:
+    """Return the metrics in a line that has `key`."""
+    values = parse_metrics(line) if key in line else None
+    return values if values is not None and key in values else None
+
+
+def _start(line: str) -> dict[str, Any] | None:
+    """Return the start of a run in a line of runs.jsonl; None if it is still being written, or is not ours."""
     try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError):
-        return {}
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    texts = isinstance(values, dict) and all(isinstance(values.get(key, ""), str) for key in ("command", "host"))
+    return values if texts else None
 
 
 def _number(config: str, key: str) -> int | None:
@@ -222,6 +229,6 @@ def _number(config: str, key: str) -> int | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return read_text(path, errors="replace")
     except OSError:
         return ""

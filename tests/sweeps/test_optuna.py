@@ -21,7 +21,7 @@ from pusht_act.main import CONFIG_DIR
 from pusht_act.sweeps import optuna_sweeper, pruning
 from pusht_act.sweeps.optuna_sweeper import search_space
 from pusht_act.sweeps.pruning import Reporter, reporter
-from pusht_act.sweeps.state import Job, load_jobs, read_direction
+from pusht_act.sweeps.state import Job, load_jobs
 from pusht_act.sweeps.table import format_best
 from tests.helpers.commands import Commands, appears
 from tests.helpers.runs import tiny_command
@@ -291,7 +291,7 @@ def test_a_study_that_is_busy_or_gone_lets_training_go_on(
     assert not (two / "optuna.db").exists(), "no empty one in its place"
 
 
-def test_the_best_is_by_the_direction(tmp_path: Path) -> None:
+def test_the_best_is_by_the_direction() -> None:
     found = [Job(i, [f"seed={i}"], state, 1, objective=value) for i, (state, value) in enumerate(
         [("done", 20.0), ("done", 30.0), ("done", 30.0), ("pruned", 10.0), ("done", None), ("failed", None)]
     )]  # fmt: skip
@@ -299,7 +299,5 @@ def test_the_best_is_by_the_direction(tmp_path: Path) -> None:
         (Direction.maximize, "job 1, pc_success 30.0 %"),
         (Direction.minimize, "job 0, pc_success 20.0 %"),
     ):
-        (tmp_path / "sweep.json").write_text(json.dumps({"direction": direction.value}))
-        assert format_best(read_direction(tmp_path), found) == [f"best: {line}, seed={line[4]}"]
-    (tmp_path / "sweep.json").write_text("{}")
-    assert format_best(read_direction(tmp_path), found) == [], "of a grid none is sought"
+        assert format_best(direction.value, found) == [f"best: {line}, seed={line[4]}"]
+    assert format_best(None, found) == [], "of a grid none is sought"

@@ -133,7 +133,7 @@ def test_every_state_is_shown_whatever_is_missing(sweep: Path, status: Callable[
     gone = begin(sweep, 5, "failed", error="no room")
     gone.rmdir()
     found = status(sweep)
-    assert [row["state"] for row in found] == ["running", "running", "interrupted", "pruned", "waiting", "failed"]
+    assert [row["state"] for row in found] == ["running", "running", "interrupted", "pruned", "interrupted", "failed"]
     assert [row["host"] for row in found] == [HERE.host, "node7", "node7", HERE.host, "", HERE.host]
     assert (found[0]["step"], found[3]["step"], found[3]["success"]) == ("", "150 / 1,000", "12.5 %")
     (sweep / "jobs" / "0.json").write_text(json.dumps({**asdict(Job(0, [], "running")), "holder": {"pit": 3}}))
