@@ -26,6 +26,10 @@ HUMAN = ROOT.parent / "shared" / "data"
 """The human demonstrations, beside a developer's checkout; never part of the project."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=int, default=30, help="how many damaged files tests/test_fuzz.py tries")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
