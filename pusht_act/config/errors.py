@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.aliases import RENAMED
@@ -97,7 +97,9 @@ def explain(error: BaseException, config_dir: str) -> str:
     """Return `error` as one line."""
     # A value in the message may be a whole file's text.
     text = shorten(str(error))
-    return " ".join(text.split()) if isinstance(error, UserError | OSError) else _explain_hydra(error, text, config_dir)
+    # One of Hydra's errors is an OSError, too.
+    is_ours = isinstance(error, UserError | OSError) and not isinstance(error, HydraException)
+    return " ".join(text.split()) if is_ours else _explain_hydra(error, text, config_dir)
 
 
 def _explain_hydra(error: BaseException, text: str, config_dir: str) -> str:
