@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from pusht_act.config.lerobot_fields import lerobot_fields
 from pusht_act.config.options import Option, find_options
 from pusht_act.config.schema import (
     EMBEDDED_REPO_ID,
@@ -28,6 +29,17 @@ from pusht_act.runtime.errors import UserError
 
 OPTIONS = dict(find_options(Config)) | LEROBOT_OPTIONS
 """The rules of each option, by its dotted key; a section's own are there too."""
+TEXT_OPTIONS = {
+    *(key for key, option in OPTIONS.items() if option.kind is str),
+    *(
+        f"{section}.{name}"
+        for section, described in lerobot_fields().items()
+        for name, field in described.items()
+        if field["type"] in ("str", "str | None", "pathlib.Path | None")
+    ),
+    "hydra.sweep.dir",
+}
+"""Options whose value is a text."""
 
 
 def to_config(cfg: DictConfig) -> Config:
