@@ -289,7 +289,8 @@ class Config:
     checkpoint: str | None = option(modes=(Mode.eval,), instead="resume.path= continues training")
     """What mode=eval evaluates: a path as for resume.path, or a model id on the Hub."""
     dir: str | None = option(None, modes=(Mode.status,))
-    """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or a run directory."""
+    """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or of several, such as multirun, or a run
+    directory."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -105,6 +105,11 @@ def test_the_working_directory_is_never_moved_aside(in_tmp: Path) -> None:
     assert (in_tmp / "thesis.tex").exists()
 
 
+def test_a_finished_run_is_called_so(trained: Path, in_tmp: Path) -> None:
+    assert f"output_dir={trained} holds a finished run of 4 steps" in line(*TINY, f"output_dir={trained}")
+    assert f"output_dir={trained} holds a finished run" not in line(*TINY, f"output_dir={trained}", "overwrite=x")
+
+
 @pytest.mark.parametrize("steps", [4, 3])
 def test_a_resume_at_or_past_its_end_is_refused(steps: int, trained: Path, in_tmp: Path) -> None:
     printed = line("mode=resume", f"output_dir={trained}", f"steps={steps}")
