@@ -22,6 +22,8 @@ from pusht_act.config.validation import TEXT_OPTIONS
 
 RATE = "policy.optimizer_lr"
 CLIPPING = "+optimizer.grad_clip_norm"
+WEIGHT_DECAY = "+policy.optimizer_weight_decay"
+EPOCHS = "steps (one epoch is the number of frames / batch_size)"
 # Names that have never been ours: of older LeRobots, of LeRobot's command line, of the ACT paper's code, and of other
 # frameworks. They are not accepted, since what they mean there is not always what ours means.
 HINTS = {
@@ -47,15 +49,28 @@ HINTS = {
     "checkpoint.keep_every": "checkpoints.keep_every",
     "checkpoint.background": "checkpoints.background",
     "policy.path": "checkpoint (mode=eval), resume.path (mode=resume) or +policy.pretrained_path (fine-tuning)",
-    **dict.fromkeys(("max_steps", "num_train_steps", "train_steps", "train.steps"), "steps"),
-    "epochs": "steps (one epoch is the number of frames / batch_size)",
-    "num_epochs": "steps (one epoch is the number of frames / batch_size)",
-    **dict.fromkeys(("learning_rate", "train.lr", "optimizer.lr"), RATE),
+    **dict.fromkeys(("max_steps", "num_train_steps", "train_steps", "train.steps", "max_train_steps"), "steps"),
+    **dict.fromkeys(("num_steps", "n_steps", "total_steps", "training_steps", "max_iters", "iterations"), "steps"),
+    **dict.fromkeys(("epochs", "num_epochs", "n_epochs", "max_epochs", "num_train_epochs", "train.epochs"), EPOCHS),
+    **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size", "train.batch_size"), "batch_size"),
+    **dict.fromkeys(("learning_rate", "train.lr", "optimizer.lr", "train.learning_rate"), RATE),
+    **dict.fromkeys(("weight_decay", "train.weight_decay", "optimizer.weight_decay"), WEIGHT_DECAY),
+    **dict.fromkeys(("warmup_steps", "num_warmup_steps", "lr_warmup_steps"), "+scheduler.num_warmup_steps"),
+    **dict.fromkeys(("lr_scheduler", "scheduler_type", "lr_scheduler_type"), "+scheduler.type"),
+    **dict.fromkeys(("fp16", "bf16", "amp", "mixed_precision", "precision"), "train.precision"),
+    **dict.fromkeys(("num_envs", "n_envs", "eval_batch_size"), "eval.batch_size"),
+    **dict.fromkeys(("num_episodes", "n_episodes"), "eval.n_episodes or demos.n_episodes"),
+    **dict.fromkeys(("run_name", "exp_name", "experiment_name"), "job_name"),
+    **dict.fromkeys(("save_dir", "log_dir", "out_dir", "outdir", "run_dir", "logging_dir"), "output_dir"),
+    **dict.fromkeys(("dropout", "train.dropout"), "+policy.dropout"),
+    **dict.fromkeys(("use_wandb", "wandb.enabled"), "wandb.enable"),
+    **dict.fromkeys(("resume_from", "resume_from_checkpoint"), "resume.path (mode=resume)"),
     **dict.fromkeys(("lr_backbone", "train.lr_backbone"), "policy.optimizer_lr_backbone"),
     **dict.fromkeys(("grad_clip", "grad_clip_norm", "gradient_clip", "max_grad_norm", "train.grad_clip"), CLIPPING),
     "num_workers": "eval.workers or demos.workers",
-    **dict.fromkeys(("save_interval", "save_every"), "save_freq"),
-    **dict.fromkeys(("log_interval", "log_every"), "log_freq"),
+    **dict.fromkeys(("save_interval", "save_every", "save_steps"), "save_freq"),
+    **dict.fromkeys(("log_interval", "log_every", "logging_steps"), "log_freq"),
+    **dict.fromkeys(("eval_interval", "eval_every"), "eval_freq"),
     **dict.fromkeys(("ckpt_path", "checkpoint_path"), "checkpoint (mode=eval) or resume.path (mode=resume)"),
     "wandb_project": "wandb.project",
     **dict.fromkeys(("dataset.rename", "dataset.rename_map", "policy.rename_map"), "rename_map"),

@@ -46,6 +46,14 @@ REFUSED = [
     ("save_interval=4", "save_interval is unknown", "did you mean save_freq?"),
     ("log_interval=4", "log_interval is unknown", "did you mean log_freq?"),
     ("ckpt_path=x", "ckpt_path is unknown", "checkpoint (mode=eval) or resume.path (mode=resume)"),
+    *(
+        (f"{name}=3", f"{name} is unknown", f"did you mean {meant}?")
+        for name, meant in (
+            *(("max_epochs", "steps (one epoch is the number of frames / batch_size)"), ("run_name", "job_name")),
+            *(("weight_decay", "+policy.optimizer_weight_decay"), ("bf16", "train.precision"), ("bs", "batch_size")),
+            *(("num_envs", "eval.batch_size"), ("warmup_steps", "+scheduler.num_warmup_steps")),
+        )
+    ),
     ("wandb_project=x", "wandb_project is unknown", "did you mean wandb.project?"),
     # what there is no more
     ("mode=dagger", "mode=dagger was removed"),
