@@ -23,7 +23,7 @@ from pusht_act.runtime.errors import UserError
 
 SWEEPS_ONLY = ("sweep", "cluster", "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra/sweeper", "hydra/launcher")
 """Options, groups and sections that have a use with -m alone."""
-GROUP_MODES = {"policy": ROLLOUTS, "dataset": ROLLOUTS, "logging": TRAINING}
+GROUP_MODES = {"policy": ROLLOUTS, "dataset": ROLLOUTS, "logging": ROLLOUTS}
 """The modes that use a group's choice, or compare it with the checkpoint's; those of other groups are NOT_STATUS."""
 
 

@@ -218,7 +218,7 @@ class WandbConfig:
     """More tags, such as [paper,ablation]."""
     run_id: str | None = None
     """W&B's id of a run to continue; null: the one of the checkpoint, or a new run."""
-    disable_artifact: bool = MISSING
+    disable_artifact: bool = option(modes=TRAINING)
     """Do not upload the checkpoints of save_freq, each with its weights and processors."""
 
 
@@ -279,7 +279,7 @@ class Config:
     """Steps between two checkpoints; the last step always has one; 0: only the last step."""
     output_dir: str = option(nonempty=True, modes=NOT_STATUS)
     """The run directory; a job of a sweep gets its own under hydra.sweep.dir unless this is given."""
-    job_name: str = option(nonempty=True, modes=TRAINING)
+    job_name: str = option(nonempty=True, modes=ROLLOUTS)
     """Name of the run in logs, W&B and the model card; with -m also that of the jobs on SLURM, in any mode."""
     overwrite: bool = option(modes=NOT_STATUS)
     """Move an existing run directory aside (to output_dir.old-N) and start afresh. mode=eval: repeat an evaluation that

@@ -202,7 +202,7 @@ REFUSED = [
         (f"mode=eval checkpoint=x {given}", f"{given} is for training (", "not for mode=eval: leave it out")
         for given in (
             *("steps=5", "batch_size=4", "log_freq=1", "save_checkpoint=True", "eval.background=False"),
-            *("wandb.enable=True", "dataset.root=/data", "policy.optimizer_lr=0.1", "policy.push_to_hub=True"),
+            *("train.mirror=0.5", "dataset.root=/data", "policy.optimizer_lr=0.1", "policy.push_to_hub=True"),
         )
     ),
     ("mode=eval checkpoint=x +optimizer.grad_clip_norm=1", "optimizer.grad_clip_norm=1 is for training (", "mode=eval"),
@@ -220,7 +220,7 @@ REFUSED = [
     ),
     *(
         (f"mode=eval checkpoint=x {given}", f"{given.strip('+')} is for training (", "not for mode=eval: leave it out")
-        for given in ("logging=wandb", "job_name=x", "+policy.dropout=0.3", "+policy.license=mit")
+        for given in ("policy.push_to_hub=True", "+policy.dropout=0.3", "+policy.license=mit")
     ),
     ("mode=demos +env.visualization_width=64", "env.visualization_width=64 is for training (", "not for mode=demos"),
     # what + and ++ would add to our own sections
