@@ -220,7 +220,7 @@ REFUSED = [
     ),
     *(
         (f"mode=eval checkpoint=x {given}", f"{given.strip('+')} is for training (", "not for mode=eval: leave it out")
-        for given in ("policy.push_to_hub=True", "+policy.dropout=0.3", "+policy.license=mit")
+        for given in ("+policy.dropout=0.3", "+policy.license=mit")
     ),
     ("mode=demos +env.visualization_width=64", "env.visualization_width=64 is for training (", "not for mode=demos"),
     # what + and ++ would add to our own sections
