@@ -15,9 +15,18 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from pusht_act.config.errors import LEROBOT_SECTIONS, explain_unknown
+from pusht_act.config.errors import explain_unknown
 from pusht_act.config.options import Option
-from pusht_act.config.schema import CONFIG_DIR, EMBEDDED_REPO_ID, NOT_STATUS, ROLLOUTS, TRAIN_MODES, TRAINING, Mode
+from pusht_act.config.schema import (
+    CONFIG_DIR,
+    EMBEDDED_REPO_ID,
+    NOT_STATUS,
+    OUR_SECTIONS,
+    ROLLOUTS,
+    TRAIN_MODES,
+    TRAINING,
+    Mode,
+)
 from pusht_act.config.validation import OPTIONS, check_secrets, check_value
 from pusht_act.runtime.errors import UserError
 
@@ -162,7 +171,7 @@ def _check_one_job(hydras: Any, overrides: list[str]) -> None:
 def _check_known(key: str) -> None:
     """Refuse a key that + or ++ has added to our own options, for which Hydra accepts any."""
     section = key.partition(".")[0]
-    if key not in OPTIONS and section not in LEROBOT_SECTIONS:
+    if section not in OPTIONS or (section in OUR_SECTIONS and key not in OPTIONS):
         raise UserError(explain_unknown(key if section in OPTIONS else section, lambda: list(OPTIONS)))
 
 
