@@ -51,6 +51,8 @@ ELSEWHERE = {
     "checkpoints.keep_every": "checkpoints/test_retention.py",
     **dict.fromkeys(("policy.repo_id", "policy.private", "policy.tags", "policy.license"), "checkpoints/test_hub.py"),
     **dict.fromkeys(("dataset.root", "dataset.revision"), "data/test_data.py"),
+    "dataset.observations": "data/test_choose_features.py",
+    "dataset.allow_change": "training/test_other_dataset.py",
     **dict.fromkeys(("job_name", *(key for key in KEYS if key.startswith("wandb."))), "runs/test_wandb.py"),
     "demos.push_to_hub": "demos/test_dataset_card.py",
     "demos.repo_id": "demos/test_dataset_card.py",
