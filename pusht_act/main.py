@@ -27,8 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 import pusht_act
 from pusht_act.config.aliases import rename_overrides
+from pusht_act.config.arguments import check_arguments, quote_texts
 from pusht_act.config.errors import explain
-from pusht_act.config.overrides import check_choices, check_overrides, describe_modes, is_output_dir_typed
+from pusht_act.config.overrides import check_overrides, describe_modes, is_output_dir_typed
 from pusht_act.config.schema import CONFIG_DIR as CONFIG_DIR  # noqa: PLC0414  (notebooks and tests compose from it)
 from pusht_act.config.schema import TRAINING, Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
@@ -121,8 +122,8 @@ def _run(overrides: list[str], extensions: Extensions) -> "Result":
         raise UserError(f"pusht_act.run({overrides!r}): give a list of texts, such as ['mode=test', 'steps=200']")
     if flags := [each for each in overrides if each.startswith("-")]:
         raise UserError(f"pusht_act.run takes no {flags[0]}: give KEY=VALUE, or use the command pusht-act")
-    overrides = rename_overrides([*overrides])
-    check_choices(overrides)
+    overrides = quote_texts(rename_overrides([*overrides]))
+    check_arguments(overrides)
     with initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR), _hydras_value_errors_as_its_own():
         cfg = compose("config", overrides, return_hydra_config=True)
         hydra_node = cfg.hydra
@@ -218,8 +219,8 @@ def _lead() -> None:
             f"-m starts jobs from one process, and these are {world_size()}: give it without torchrun, and "
             f"hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node={world_size()} for jobs of several processes"
         )
-    check_choices(sys.argv[1:])
-    sys.argv[1:] = expand_resume_args(rename_overrides(sys.argv[1:]))
+    check_arguments(sys.argv[1:])
+    sys.argv[1:] = expand_resume_args(quote_texts(rename_overrides(sys.argv[1:])))
     helps = not {"-h", "--help"}.isdisjoint(sys.argv)
     with sweep_summary(), _hydra_raises(), _config_store_shared() if helps else nullcontext():
         _task()

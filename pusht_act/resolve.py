@@ -14,8 +14,13 @@ from omegaconf import DictConfig
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint, find_checkpoint, verify
 from pusht_act.checkpoints.manifest import EVAL_FILES, sha256
-from pusht_act.checkpoints.merge_config import blamed_on, merge_checkpoint_config
-from pusht_act.checkpoints.resume import auto_resume_checkpoint, checkpoint_to_resume, resolve_run_dir
+from pusht_act.checkpoints.merge_config import blamed_on, inherit_choices, merge_checkpoint_config
+from pusht_act.checkpoints.resume import (
+    auto_resume_checkpoint,
+    check_schedule,
+    checkpoint_to_resume,
+    resolve_run_dir,
+)
 from pusht_act.checkpoints.safe_loading import check_safe_to_load
 from pusht_act.config.overrides import check_typed_values, is_output_dir_typed
 from pusht_act.config.schema import TRAIN_MODES, Config, Mode
@@ -75,6 +80,8 @@ def resolve(cfg: DictConfig, overrides: list[str], choices: dict[str, str | None
             # From here to the end of training no other process may choose a checkpoint of this run, or write one.
             with nullcontext() if cfg.print_lerobot_command else locked(run.path) as lock:
                 config, start = _resolve_training(cfg, complete, run, overrides, choices)
+                if cfg.mode is Mode.resume and start is not None:
+                    choices = inherit_choices(choices, start)
                 yield ResolvedJob(config, start, run, lock, overrides, choices)
 
 
@@ -118,6 +125,7 @@ def _resolve_training(
             config = to_config(merge_checkpoint_config(cfg, checkpoint, overrides, choices, resume=True))
         if is_finished(checkpoint, config):
             raise UserError(f"steps={config.steps}: {checkpoint.directory} is at step {step} already; give more steps=")
+        check_schedule(checkpoint, config, overrides)
         return config, checkpoint
     if name := complete.policy.get("pretrained_path"):
         complete.policy["pretrained_path"] = str(_resolve_checkpoint(str(name), "policy.pretrained_path").model_dir)

@@ -42,6 +42,10 @@ REMOVED_JOBS: set[str] = {"dagger"}
 HYDRAS_FLAGS = (FIXTURES / "goldens" / "help.txt").read_text().partition("--help,-h")[2]
 HELP_CHANGES: dict[str, str] = {
     "mode: dagger, demos, eval": "mode: demos, eval",
+    # On images it took minutes.
+    "mode=test dataset=demos policy=act_small steps=200 eval_freq=100 wandb.enable=false": (
+        "mode=test env=pusht_keypoints dataset=demos policy=act_small steps=100 batch_size=8 eval_freq=50 logging=local"
+    ),
     "pusht_act/config.py says": "docs/configuration.md says",
     # Hydra's flags are shown by --hydra-help; its own version is not ours.
     f"--help,-h{HYDRAS_FLAGS}": """

@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.config.aliases import rename_config
-from pusht_act.config.overrides import parse_overrides
-from pusht_act.config.schema import METADATA_FILE, OUR_SECTIONS
+from pusht_act.config.lerobot_fields import lerobot_fields
+from pusht_act.config.overrides import flatten, is_fixed, parse_overrides
+from pusht_act.config.schema import AUTOMATIC, METADATA_FILE, OUR_SECTIONS
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.stored import read_json
 
@@ -87,7 +88,11 @@ def merge_checkpoint_config(
         elif key not in choices:
             if override.is_delete():
                 raise UserError(f"~{key}: the checkpoint's configuration has this key; give {key}=VALUE")
-            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
+            value = OmegaConf.select(cfg, key)
+            if is_fixed(key) and (section := saved.get(key.partition(".")[0])):
+                _check_fixed(key, value, section, checkpoint)
+            else:
+                OmegaConf.update(merged, key, value, merge=False)
     return merged
 
 
@@ -112,6 +117,30 @@ def blamed_on(checkpoint: Checkpoint, overrides: list[str]) -> Iterator[None]:
         ours = checkpoint.record is not None
         file = "config.json" if key.startswith("policy") else METADATA_FILE if ours else STOCK_FILE
         raise UserError(f"{checkpoint.model_dir / file}: {message}") from error
+
+
+def _check_fixed(key: str, value: Any, saved: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse another value of an option that follows from the weights; `saved` is the section of the checkpoint's."""
+    # What leaves the choice open asks for nothing else than what was chosen.
+    if key in AUTOMATIC and value == AUTOMATIC[key]:
+        return
+    section, name = key.split(".")[:2]
+    fields = lerobot_fields()[section]
+    known = OmegaConf.create({section: {name: fields[name].get("default")} | saved})
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    for leaf, asked in list(flatten(key, plain)) or [(key, plain)]:
+        has = OmegaConf.select(known, leaf)
+        if asked != has:
+            raise UserError(
+                f"{leaf}={asked}: {checkpoint.directory} was trained with {leaf}={has}, which it keeps: leave it out, "
+                "or train a new policy with mode=full"
+            )
+
+
+def inherit_choices(choices: dict[str, str | None], checkpoint: Checkpoint) -> dict[str, str | None]:
+    """Return the group choices of a run that resumes `checkpoint`: those that are fixed are the checkpoint's."""
+    _, saved = _saved(checkpoint, resume=True)
+    return choices | {group: choice for group, choice in saved.items() if group in FIXED_GROUPS}
 
 
 def _check_choice(group: str, choice: str | None, saved: dict[str, str | None], checkpoint: Checkpoint) -> None:

@@ -4,6 +4,7 @@ Imports neither torch nor lerobot.
 """
 
 import logging
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pusht_act.checkpoints.checkpoint import (
     verify,
 )
 from pusht_act.checkpoints.manifest import ALL_FILES
+from pusht_act.checkpoints.merge_config import STOCK_FILE
 from pusht_act.config.aliases import rename_config
 from pusht_act.config.lerobot_fields import lerobot_fields
 from pusht_act.config.overrides import flatten, is_output_dir_typed
@@ -33,6 +35,7 @@ from pusht_act.config.schema import (
 )
 from pusht_act.runs.run_dir import RunDir, ensure_unused
 from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.stored import read_json
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +118,46 @@ def auto_resume_checkpoint(config: Config, run: RunDir) -> Checkpoint | None:
             f"output_dir={run.path} holds another run, so resume.auto=true cannot resume it "
             f"({'; '.join(differing)}): give the same values, another output_dir= or job_name=, or overwrite=true"
         )
-    return None if differing else checkpoint
+    if differing:
+        return None
+    check_schedule(checkpoint, config, [])
+    return checkpoint
+
+
+def check_schedule(checkpoint: Checkpoint, config: Config, overrides: list[str]) -> None:
+    """Refuse to train further than a run's learning rate schedule was made for, unless a new one is given.
+
+    Args:
+        checkpoint: The run's, which is resumed.
+        config: The merged configuration.
+        overrides: The command line's.
+
+    Raises:
+        UserError: with the commands that keep the schedule, and that give a new one.
+    """
+    # A constant rate does not depend on the number of steps.
+    if config.scheduler.get("type") in (None, "constant_with_warmup"):
+        return
+    try:
+        steps = read_json(checkpoint.model_dir / STOCK_FILE, dict[str, Any]).get("steps")
+    except FileNotFoundError:
+        return
+    if (
+        not isinstance(steps, int)
+        or steps == config.steps
+        or any(override.lstrip("+").startswith("scheduler.") for override in overrides)
+    ):
+        return
+    again = ["mode=resume", f"output_dir={config.output_dir}"] if config.mode in TRAIN_MODES else overrides
+    kept = [override for override in again if not override.startswith("steps=")]
+    key = next(key for key in ("num_decay_steps", "num_warmup_steps", "type") if key in config.scheduler)
+    value = config.steps if key == "num_decay_steps" else config.scheduler[key]
+    new = shlex.join(["pusht-act", *kept, f"steps={config.steps}", f"+scheduler.{key}={value}"])
+    finish = f"`{shlex.join(['pusht-act', *kept, f'steps={steps}'])}` finishes it, "
+    raise UserError(
+        f"steps={config.steps}: {checkpoint.directory} has a learning rate schedule for steps={steps}, and the rate "
+        f"would jump: {finish if checkpoint.step < steps else 'it is complete, '}`{new}` gives a new one"
+    )
 
 
 def _keep_decisions(was: dict[str, Any], config: Config) -> None:

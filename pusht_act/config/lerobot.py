@@ -15,6 +15,7 @@ import inspect
 import json
 import logging
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def resolve_device(name: str) -> str:
     # Chosen by us, so it is said.
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        log.info("device: %s", name)
+        _say_device(name)
         return name
     try:
         torch.empty(0, device=name)
@@ -167,6 +168,12 @@ def resolve_device(name: str) -> str:
             f"policy.device={name} is not on this machine: give policy.device=cpu, or auto to take what there is"
         ) from error
     return name
+
+
+@cache
+def _say_device(name: str) -> None:
+    """Log the device that was chosen, once for all the jobs of a process."""
+    log.info("device: %s", name)
 
 
 def observation_keys(env: PushtEnv) -> set[str]:

@@ -18,7 +18,7 @@ class Option:
     """The rules of one option."""
 
     kind: type | None = None
-    """int or float for a bounded option of LeRobot's; the schema's own fields have a type."""
+    """int or float for a bounded option of LeRobot's, str for a text; the schema's own fields have a type."""
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
@@ -34,6 +34,8 @@ class Option:
     """What to give in a mode that does not use it."""
     meaning: str = ""
     """What it does, of an option of ours among LeRobot's; a field of the schema has a docstring."""
+    fixed: bool = False
+    """Whether a checkpoint's value stays: mode=resume and mode=eval refuse another one."""
 
     @property
     def bounded(self) -> bool:
@@ -90,4 +92,6 @@ def find_options(schema: type, prefix: str = "", modes: tuple[Enum, ...] | None 
 
 def _rules(each: Field[Any]) -> Option:
     declared: Option = each.metadata.get("option", Option())
+    if each.type == (str | None):
+        return replace(declared, kind=str)
     return replace(declared, kind=each.type) if isinstance(each.type, type) else declared

@@ -3,7 +3,7 @@
 A misspelt key was refused by Hydra before: errors.py says how.
 """
 
-import re
+import shlex
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -15,35 +15,25 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from pusht_act.config.errors import explain_unknown
 from pusht_act.config.options import Option
-from pusht_act.config.schema import CONFIG_DIR, EMBEDDED_REPO_ID, NOT_STATUS, TRAIN_MODES, TRAINING, Mode
+from pusht_act.config.schema import (
+    CONFIG_DIR,
+    EMBEDDED_REPO_ID,
+    NOT_STATUS,
+    OUR_SECTIONS,
+    ROLLOUTS,
+    TRAIN_MODES,
+    TRAINING,
+    Mode,
+)
 from pusht_act.config.validation import OPTIONS, check_secrets, check_value
 from pusht_act.runtime.errors import UserError
 
-LISTS = ("experiment", "logging")
-"""Groups that take several choices, such as experiment=[a,b]."""
-
-
-def check_choices(arguments: list[str]) -> None:
-    """Check how the choices of groups are written, such as policy=act: Hydra refuses some forms with a traceback.
-
-    Args:
-        arguments: KEY=VALUE with or without Hydra's prefixes; what is not the choice of a group of ours passes.
-
-    Raises:
-        UserError: naming the argument, and the choices that there are.
-    """
-    for argument in arguments:
-        prefix, group, value = re.match(r"([+~]*)([\w/]*)=?(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
-        folder = Path(CONFIG_DIR) / group
-        if not group or not folder.is_dir():
-            continue
-        choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        if "~" in prefix:
-            raise UserError(f"{argument}: a group cannot be removed: give {group}= one of {choices}, or leave it out")
-        is_list = value.startswith("[") and group in LISTS
-        if value.startswith(("{", "[")) and not (is_list and not re.search(r"[\[,]\s*[\d\[{]", value)):
-            raise UserError(f"{argument}: give {group}= one of {choices}")
+SWEEPS_ONLY = ("sweep", "cluster", "hydra.sweep", "hydra.sweeper", "hydra.launcher", "hydra/sweeper", "hydra/launcher")
+"""Options, groups and sections that have a use with -m alone."""
+GROUP_MODES = {"policy": ROLLOUTS, "dataset": ROLLOUTS, "logging": ROLLOUTS}
+"""The modes that use a group's choice, or compare it with the checkpoint's; those of other groups are NOT_STATUS."""
 
 
 def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
@@ -57,20 +47,22 @@ def check_overrides(cfg: DictConfig, overrides: list[str]) -> None:
     check_secrets(cfg)
     hydra = HydraConfig.get()
     sweeps = hydra.mode is RunMode.MULTIRUN
-    if not sweeps and hydra.runtime.choices["hydra/sweeper"] == "optuna":
-        raise UserError("hydra/sweeper=optuna chooses the values of a sweep's jobs: give -m too, or leave it out")
     typed = _typed_values(cfg, overrides)
     for key, value in typed.items():
-        section = key.partition(".")[0]
-        if key not in hydra.runtime.choices or cfg.mode is Mode.status:
-            _check_used(key, value, cfg.mode)
-        if section == "sweep" and not sweeps:
-            raise UserError(f"{key}={value} is for a sweep: give -m too, or leave it out")
+        if key in hydra.runtime.choices:
+            _check_choice_used(key, value, cfg.mode)
+        else:
+            _check_known(key)
+            # A sweep's jobs have its name on a cluster.
+            if not (key == "job_name" and sweeps):
+                _check_used(key, value, cfg.mode)
         if key == "demos.n_episodes":
             _check_builtin_demos(value, cfg)
         # OmegaConf takes any number for true.
         if type(value) is int and value not in (0, 1) and isinstance(OmegaConf.select(cfg, key), bool):
             raise UserError(f"{key}={value}: give true or false")
+    if not sweeps:
+        _check_one_job(OmegaConf.to_container(hydra.overrides.hydra, resolve=False), overrides)
     starts = OmegaConf.select(cfg, "demos.initial_states")
     if "demos.start_seed" in typed and starts is not None:
         raise UserError(
@@ -113,7 +105,12 @@ def unused_overrides(overrides: list[str]) -> list[str]:
 
 def is_output_dir_typed(overrides: list[str]) -> bool:
     """Return whether the command line names the run directory."""
-    return any(override.startswith("output_dir=") for override in overrides)
+    return any(override.lstrip("+").startswith("output_dir=") for override in overrides)
+
+
+def is_fixed(key: str) -> bool:
+    """Return whether the checkpoint of mode=resume or mode=eval decides `key`, or the option that it is a part of."""
+    return OPTIONS.get(".".join(key.split(".")[:2]), Option()).fixed
 
 
 def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -160,10 +157,34 @@ def _section(key: str) -> Option:
     return OPTIONS.get(key.partition(".")[0], Option())
 
 
+def _check_one_job(hydras: Any, overrides: list[str]) -> None:
+    """Refuse what is for a sweep where there is none; `hydras` are those of the overrides that are Hydra's own."""
+    # Hydra adds its mode to them.
+    typed = [override for override in (*overrides, *hydras) if not override.startswith("hydra.mode=")]
+    for override in typed:
+        key, _, value = override.lstrip("+").partition("=")
+        if value != "null" and (key in SWEEPS_ONLY or key.startswith(tuple(f"{name}." for name in SWEEPS_ONLY))):
+            command = shlex.join(["pusht-act", "-m", *typed])
+            raise UserError(f"{override} is for a sweep: give -m too, as in `{command}`, or leave it out")
+
+
+def _check_known(key: str) -> None:
+    """Refuse a key that + or ++ has added to our own options, for which Hydra accepts any."""
+    section = key.partition(".")[0]
+    if section not in OPTIONS or (section in OUR_SECTIONS and key not in OPTIONS):
+        raise UserError(explain_unknown(key if section in OPTIONS else section, lambda: list(OPTIONS)))
+
+
+def _check_choice_used(group: str, choice: Any, mode: Mode) -> None:
+    """Refuse the choice of a group that `mode` does not use."""
+    is_off = choice is None or (group == "logging" and choice in ("local", ["local"]))
+    modes = tuple(Mode) if group == "mode" else GROUP_MODES.get(group, NOT_STATUS)
+    if mode not in modes and not (is_off and mode is not Mode.status):
+        raise UserError(f"{group}={choice} is for {describe_modes(modes)}, not for mode={mode.value}: leave it out")
+
+
 def _check_used(key: str, value: Any, mode: Mode) -> None:
     """Refuse an option that `mode` does not use."""
-    if key == "mode":
-        return
     modes = _modes(key, mode)
     if mode in modes:
         return

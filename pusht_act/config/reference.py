@@ -96,6 +96,8 @@ def _row(key: str, default: Any, meaning: str, given: bool = True) -> str:
         described = describe_modes(modes).replace(" (mode=test, mode=full and mode=resume)", "")
     default_text = f"`{_yaml(default)}`" if given else "LeRobot's"
     reason = f" ({option.reason})" if option.reason else ""
+    if option.fixed:
+        meaning = f"{meaning} mode=resume and mode=eval keep the checkpoint's.".strip()
     cells = (f"`{key}`", default_text, option.describe() + reason, described, meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |".replace("|  |", "| |")
 

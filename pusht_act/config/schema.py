@@ -218,7 +218,7 @@ class WandbConfig:
     """More tags, such as [paper,ablation]."""
     run_id: str | None = None
     """W&B's id of a run to continue; null: the one of the checkpoint, or a new run."""
-    disable_artifact: bool = MISSING
+    disable_artifact: bool = option(modes=TRAINING)
     """Do not upload the checkpoints of save_freq, each with its weights and processors."""
 
 
@@ -279,8 +279,8 @@ class Config:
     """Steps between two checkpoints; the last step always has one; 0: only the last step."""
     output_dir: str = option(nonempty=True, modes=NOT_STATUS)
     """The run directory; a job of a sweep gets its own under hydra.sweep.dir unless this is given."""
-    job_name: str = option(nonempty=True, modes=NOT_STATUS)
-    """Name of the run in logs, W&B and the model card."""
+    job_name: str = option(nonempty=True, modes=ROLLOUTS)
+    """Name of the run in logs, W&B and the model card; with -m also that of the jobs on SLURM, in any mode."""
     overwrite: bool = option(modes=NOT_STATUS)
     """Move an existing run directory aside (to output_dir.old-N) and start afresh. mode=eval: repeat an evaluation that
     is stored, and replace it."""
@@ -289,7 +289,8 @@ class Config:
     checkpoint: str | None = option(modes=(Mode.eval,), instead="resume.path= continues training")
     """What mode=eval evaluates: a path as for resume.path, or a model id on the Hub."""
     dir: str | None = option(None, modes=(Mode.status,))
-    """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or a run directory."""
+    """What mode=status shows: the folder of a sweep, hydra.sweep.dir, or of several, such as multirun, or a run
+    directory."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -322,13 +323,22 @@ LEROBOT_OPTIONS: dict[str, Option] = {
     "policy.type": Option(choices=("act",)),
     "policy.n_obs_steps": Option(choices=(1,), reason="ACT looks at one observation"),
     **{
-        f"policy.{name}": Option(kind=int, ge=1, le=MAX_SIZE)
-        for name in ("chunk_size", "n_action_steps", "dim_model", "n_heads", "dim_feedforward", "latent_dim")
+        f"policy.{name}": Option(kind=int, ge=1, le=MAX_SIZE, fixed=True)
+        for name in ("chunk_size", "dim_model", "n_heads", "dim_feedforward", "latent_dim")
     },
     **{
-        f"policy.{name}": Option(kind=int, ge=1, le=MAX_LAYERS)
+        f"policy.{name}": Option(kind=int, ge=1, le=MAX_LAYERS, fixed=True)
         for name in ("n_encoder_layers", "n_decoder_layers", "n_vae_encoder_layers")
     },
+    "policy.n_action_steps": Option(kind=int, ge=1, le=MAX_SIZE),
+    **{
+        f"policy.{name}": Option(fixed=True)
+        for name in (
+            *("use_vae", "pre_norm", "feedforward_activation", "vision_backbone", "pretrained_backbone_weights"),
+            *("replace_final_stride_with_dilation", "normalization_mapping", "input_features", "output_features"),
+        )
+    },
+    "policy.dropout": Option(modes=TRAINING),
     **{
         f"policy.{name}": Option(kind=float, ge=0, modes=TRAINING)
         for name in ("optimizer_lr", "optimizer_lr_backbone", "optimizer_weight_decay", "kl_weight")
@@ -336,10 +346,13 @@ LEROBOT_OPTIONS: dict[str, Option] = {
     "policy.pretrained_path": Option(modes=TRAIN_MODES, instead="mode=resume and mode=eval name their own checkpoint"),
     "policy.push_to_hub": Option(modes=TRAINING, instead="mode=demos has demos.push_to_hub="),
     "policy.repo_id": Option(modes=TRAINING, instead="mode=demos has demos.repo_id="),
+    **{f"policy.{name}": Option(modes=TRAINING) for name in ("private", "tags", "license")},
+    "env.obs_type": Option(fixed=True),
     **{
-        f"env.{name}": Option(kind=int, ge=1)
+        f"env.{name}": Option(kind=int, ge=1, modes=ROLLOUTS)
         for name in ("episode_length", "fps", "visualization_width", "visualization_height")
     },
+    "dataset.use_imagenet_stats": Option(fixed=True),
     "dataset.eval_split": Option(kind=float, ge=0, lt=1),
     "dataset.observations": Option(
         meaning="The observations to read, by the data set's names, such as [observation.image, observation.state]; "

@@ -43,6 +43,17 @@ FIELD_TYPES: dict[str, tuple[Any, str]] = {
     "None": (type(None), "null"),
 }
 """What the types of LeRobot's fields (lerobot_fields.json) take, and what to give."""
+TEXT_OPTIONS = {
+    *(key for key, option in OPTIONS.items() if option.kind is str),
+    *(
+        f"{section}.{name}"
+        for section, described in lerobot_fields().items()
+        for name, field in described.items()
+        if field["type"] in ("str", "str | None", "pathlib.Path | None")
+    ),
+    "hydra.sweep.dir",
+}
+"""Options whose value is a text."""
 
 
 def to_config(cfg: DictConfig) -> Config:

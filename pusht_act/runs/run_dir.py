@@ -53,6 +53,12 @@ class RunDir:
         steps = (path.name.isdigit() for path in self.checkpoints.glob("*"))
         return (self.checkpoints / "last").is_symlink() or any(steps)
 
+    def finished_steps(self) -> int | None:
+        """Return the steps of the run that was trained to its end here; None where it was not."""
+        steps, last = self.configuration().get("steps"), self.checkpoints / "last"
+        reached = last.readlink().name if last.is_symlink() else ""
+        return steps if isinstance(steps, int) and reached.isdigit() and int(reached) >= steps else None
+
     def metrics_of(self, step: int) -> dict[str, float]:
         """Return the metrics of `step` in metrics.jsonl, without the names of their groups.
 
@@ -122,6 +128,11 @@ def ensure_unused(path: Path, overwrite: bool, remedy: str | None = None) -> Non
         FileExistsError: it is in use.
     """
     if _in_use(path) and not overwrite:
+        if remedy is None and (steps := RunDir(path).finished_steps()) is not None:
+            raise FileExistsError(
+                f"output_dir={path} holds a finished run of {steps} steps: train it further with mode=resume and more "
+                "steps=, give another job_name= or output_dir=, or move it aside with overwrite=true"
+            )
         remedy = _remedy(RunDir(path)) if remedy is None else f": {remedy}"
         raise FileExistsError(f"output_dir={path} is in use{remedy}, or move it aside with overwrite=true")
     # If it were renamed, the process and the user's shell would find themselves in the former run.

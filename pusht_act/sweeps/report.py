@@ -1,16 +1,23 @@
 """What a sweep prints when it ends: the table of its jobs, and how to resume it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from hydra.errors import HydraException
 
+from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.signals import signals
 from pusht_act.sweeps.callback import observe_launch
 from pusht_act.sweeps.slurm import explain_submit_error, wait_for_array
 from pusht_act.sweeps.state import FINISHED, Job, load_jobs, read_identity
-from pusht_act.sweeps.table import format_best, format_jobs
+from pusht_act.sweeps.table import format_best, format_csv, format_jobs, format_seeds
+
+log = logging.getLogger(__name__)
+
+TABLE_FILE = "jobs.csv"
 
 
 @contextmanager
@@ -50,8 +57,9 @@ def sweep_summary() -> Iterator[None]:
                 jobs = load_jobs(directory)
                 undone = [job for job in jobs if job.state not in FINISHED]
                 identity = read_identity(directory)
-                direction = identity.direction if identity is not None else None
-                print(*format_jobs(jobs), *format_best(direction, jobs), sep="\n", flush=True)
+                best = format_best(identity.direction if identity is not None else None, jobs)
+                print(*format_jobs(jobs), *format_seeds(jobs), *best, sep="\n", flush=True)
+                _write_table(directory, jobs)
                 if undone:
                     print(f"to resume: pusht-act -m sweep.resume={directory}", flush=True)
     if undone:
@@ -62,3 +70,12 @@ def sweep_summary() -> Iterator[None]:
         if directory is None:
             raise broken
         raise UserError(f"the sweep's jobs could not be started: {explain_submit_error(broken)}") from broken
+
+
+def _write_table(directory: Path, jobs: list[Job]) -> None:
+    """Write the table into the sweep's folder, and say where that is."""
+    try:
+        write_text(directory / TABLE_FILE, format_csv(jobs))
+    except OSError as error:
+        log.warning("%s cannot be written (%s): the sweep's results are in %s/jobs", TABLE_FILE, error, directory)
+    print(f"the sweep is in {directory}, its table in {directory / TABLE_FILE}", flush=True)

@@ -77,9 +77,14 @@ def run_sweep_job(
         result = execute(cfg, node)
         state = "pruned" if result.pruned else "done"
         ended = replace(started, state=state, step=result.step, objective=result.metrics.get(started.metric))
+        if (episodes := result.metrics.get("n_episodes")) is not None:
+            low, high = (result.metrics.get(f"pc_success_{end}") for end in ("low", "high"))
+            ended = replace(ended, n_episodes=int(episodes), low=low, high=high)
     except Exception as error:
         ended = replace(started, state="failed", failures=started.failures + 1, error=explain(error))
-        log.error("job %d: %s", number, ended.error, exc_info=not isinstance(error, UserError | OSError))
+        is_same = number > 0 and load_job(directory, number - 1, []).error == ended.error
+        said = f"the same as job {number - 1}" if is_same else ended.error
+        log.error("job %d: %s", number, said, exc_info=not isinstance(error, UserError | OSError))
     finally:
         write_job(directory, replace(ended, seconds=time.monotonic() - begin))
     return ended.objective

@@ -49,6 +49,11 @@ class Job:
     objective: float | None = None
     """The value of `metric`, if it was evaluated."""
     metric: str = Metric.pc_success.value
+    n_episodes: int | None = None
+    """Episodes of that evaluation."""
+    low: float | None = None
+    """Lower end of the 95 % interval of its success, in percent."""
+    high: float | None = None
     error: str | None = None
     """Why it failed, in one line."""
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""mode=status dir=DIR: the progress of the jobs of a sweep, or of one run.
+"""mode=status dir=DIR: the progress of the jobs of a sweep, or of one run; of a folder of sweeps, one line each.
 
 It is read from their files alone, so it is the same from every machine. Nothing is written and no lock is taken:
 
@@ -25,15 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
+from pusht_act.config.optuna import Metric
 from pusht_act.runs.run_dir import RUNS_FILE, RunDir, parse_metrics
+from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import read_owner
+from pusht_act.runtime.markdown import format_table
 from pusht_act.runtime.stored import read_text
-from pusht_act.sweeps.state import IDENTITY, Job, load_jobs
+from pusht_act.sweeps.state import IDENTITY, Job, load_jobs, read_identity
 from pusht_act.sweeps.table import HEADER_LINES, format_jobs
 
 RUN_FILES = ("config.yaml", "lock", "metrics.jsonl", "checkpoints")
 """A folder with one of these is a run directory."""
 RATE, SUCCESS = "train/samples_per_s", "eval/pc_success"
+SWEEPS_TEXT = ("sweep", "states", "overrides")
 UNFINISHED = ("running", "waiting")
 """States that change without anybody doing something."""
 
@@ -62,6 +66,9 @@ def show_status(directory: Path, every: float) -> None:
         FileNotFoundError: the folder holds neither a sweep nor a run.
         UserError: the sweep cannot be read.
     """
+    if sweeps := find_sweeps(directory):
+        print("\n".join(sweeps), flush=True)
+        return
     erase = ""
     while True:
         jobs = find_jobs(directory)
@@ -78,6 +85,25 @@ def show_status(directory: Path, every: float) -> None:
         # To the beginning of the first of these lines, and erase everything from there.
         erase = f"\x1b[{len(lines)}F\x1b[J"
         time.sleep(every)
+
+
+def find_sweeps(directory: Path) -> list[str]:
+    """Return the lines of a table of the sweeps below `directory`, such as multirun; none if it is one, or a run."""
+    if any((directory / name).exists() for name in (IDENTITY, *RUN_FILES)):
+        return []
+    rows = []
+    # As Hydra names them, DATE/TIME, or one below the folder that was given.
+    for path in sorted(path.parent for pattern in ("*", "*/*") for path in directory.glob(f"{pattern}/{IDENTITY}")):
+        try:
+            jobs, identity = load_jobs(path), read_identity(path)
+        except UserError:
+            rows.append([str(path), "", "damaged", "", ""])
+            continue
+        scores = [job.objective for job in jobs if job.state == "done" and job.objective is not None]
+        percent = scores and {job.metric for job in jobs if job.tries} == {Metric.pc_success.value}
+        rows.append([str(path), str(len(jobs)), _states(jobs), _percent(max(scores)) if percent else "",
+                     " ".join(identity.overrides if identity is not None else [])])  # fmt: skip
+    return format_table(("sweep", "jobs", "states", "best", "overrides"), rows, SWEEPS_TEXT) if rows else []
 
 
 def find_jobs(directory: Path) -> list[Job]:
@@ -129,8 +155,7 @@ def render(jobs: list[Job], most: int | None = None) -> list[str]:
         jobs: All jobs.
         most: Show at most so many, those that are running before those that ended last; None: all.
     """
-    states = [f"{number} {state}" for state, number in Counter(job.state for job in jobs).items()]
-    counts = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}: {', '.join(states) or 'none was started'}"
+    counts = f"{len(jobs)} job{'' if len(jobs) == 1 else 's'}: {_states(jobs) or 'none was started'}"
     if most is None or len(jobs) <= most:
         return [counts, *_table(jobs)]
     interest = sorted(jobs, key=lambda job: (job.state != "running", job.state == "waiting", -job.number))
@@ -138,6 +163,10 @@ def render(jobs: list[Job], most: int | None = None) -> list[str]:
     hidden = f"; {len(jobs) - len(shown)} of them are not shown (status.every=0 shows all)"
     # Without the lines of errors after the table, for which there is no room.
     return [counts + hidden, *_table(shown)[: HEADER_LINES + len(shown)]]
+
+
+def _states(jobs: list[Job]) -> str:
+    return ", ".join(f"{number} {state}" for state, number in Counter(job.state for job in jobs).items())
 
 
 def _table(jobs: list[Job]) -> list[str]:

@@ -1,7 +1,10 @@
-"""The jobs of a sweep as a table: when it ends, and in mode=status."""
+"""The jobs of a sweep as a table: when it ends, and in mode=status; and as a file for other programs."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import csv
+import io
+from collections.abc import Callable, Sequence
+from statistics import mean
+from typing import TYPE_CHECKING, Any
 
 from pusht_act.config.optuna import Direction, Metric
 from pusht_act.runtime.markdown import format_table
@@ -9,7 +12,9 @@ from pusht_act.runtime.markdown import format_table
 if TYPE_CHECKING:
     from pusht_act.sweeps.state import Job
 
-TEXT_COLUMNS = ("state", "host", "overrides")
+TEXT_COLUMNS = ("state", "95 %", "host", "overrides")
+SPREAD: dict[str, Callable[[list[float]], float]] = {"mean": mean, "min": min, "max": max}
+"""What is said of the scores of several seeds."""
 HEADER_LINES = 2
 """The lines of the table before its first job."""
 
@@ -37,10 +42,64 @@ def format_jobs(jobs: Sequence["Job"], more: Sequence[dict[str, str]] = ()) -> l
             "step": "" if job.step is None else f"{job.step:,}",
             score: _value(job),
         }
+        if any(each.n_episodes for each in jobs):
+            known |= {"n": f"{job.n_episodes or ''}", "95 %": _interval(job)}
         rows.append({**known, **columns, "overrides": _distinct_overrides(job, common)})
     header = list(dict.fromkeys(key for row in rows for key in row))
     lines = format_table(header, ([row[key] for key in header] for row in rows), text=TEXT_COLUMNS)
-    return [*lines, *(f"job {job.number} failed: {job.error}" for job in jobs if job.error)]
+    # What all jobs are refused for is one mistake.
+    errors: dict[str, list[str]] = {}
+    for job in jobs:
+        if job.error:
+            errors.setdefault(job.error, []).append(str(job.number))
+    return [
+        *lines,
+        *(f"job{'s' * (len(some) > 1)} {', '.join(some)} failed: {error}" for error, some in errors.items()),
+    ]
+
+
+def format_seeds(jobs: Sequence["Job"]) -> list[str]:
+    """Return a line for each group of jobs that differ in their seeds alone: mean and range of their scores."""
+    common = _common(jobs)
+    lines = []
+    for others, group in _by_seed(jobs).items():
+        scores = [job.objective for job in group if job.objective is not None]
+        if len(scores) > 1:
+            low, average, high = (_format(value, group[0].metric) for value in (min(scores), mean(scores), max(scores)))
+            varied = " ".join(override for override in others if override not in common)
+            lines.append(
+                f"mean over {len(scores)} seeds: {average} (from {low} to {high}){', ' if varied else ''}{varied}"
+            )
+    return lines
+
+
+def format_csv(jobs: Sequence["Job"]) -> str:
+    """Return the table as comma-separated values: a row for each job, numbers unrounded, a column for each option."""
+    common = _common(jobs)
+    groups = {job.number: group for group in _by_seed(jobs).values() for job in group}
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        scores = [each.objective for each in groups.get(job.number, []) if each.objective is not None]
+        row = {"job": job.number, "state": job.state, "tries": job.tries, "step": job.step, job.metric: job.objective}
+        row |= {"n_episodes": job.n_episodes, "low": job.low, "high": job.high, "n_seeds": len(scores)}
+        row |= {f"{name}_over_seeds": of(scores) if scores else None for name, of in SPREAD.items()}
+        varied = (override.partition("=") for override in job.overrides if override not in common)
+        row |= {key.lstrip("+"): value for key, _, value in varied}
+        rows.append(row | {"seconds": round(job.seconds, 1), "output_dir": job.output_dir, "error": job.error})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _by_seed(jobs: Sequence["Job"]) -> dict[tuple[str, ...], list["Job"]]:
+    """Return the jobs that are done, by their overrides without the seed."""
+    groups: dict[tuple[str, ...], list[Job]] = {}
+    for job in jobs:
+        if job.state == "done" and any(override.startswith("seed=") for override in job.overrides):
+            groups.setdefault(tuple(o for o in job.overrides if not o.startswith("seed=")), []).append(job)
+    return groups
 
 
 def format_best(direction: str | None, jobs: Sequence["Job"]) -> list[str]:
@@ -57,9 +116,15 @@ def format_best(direction: str | None, jobs: Sequence["Job"]) -> list[str]:
 
 
 def _value(job: "Job") -> str:
-    if job.objective is None:
-        return ""
-    return f"{job.objective:.1f} %" if job.metric == Metric.pc_success.value else f"{job.objective:.4g}"
+    return "" if job.objective is None else _format(job.objective, job.metric)
+
+
+def _format(value: float, metric: str) -> str:
+    return f"{value:.1f} %" if metric == Metric.pc_success.value else f"{value:.4g}"
+
+
+def _interval(job: "Job") -> str:
+    return "" if job.low is None or job.high is None else f"{job.low:.1f} to {job.high:.1f}"
 
 
 def _common(jobs: Sequence["Job"]) -> set[str]:

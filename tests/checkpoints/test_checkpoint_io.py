@@ -99,13 +99,17 @@ def test_a_policy_of_another_kind_is_refused(run: Path) -> None:
 
 
 def test_another_architecture_is_refused(run: Path) -> None:
-    with pytest.raises(ValueError, match="holds another policy than policy"):
+    with pytest.raises(
+        ValueError, match="policy.dim_model=64: .* was trained with policy.dim_model=32, which it keeps"
+    ):
         pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4", "policy.dim_model=64"])
 
 
 @pytest.mark.slow
 def test_the_environments_observations_must_be_the_datas(run: Path) -> None:
-    with pytest.raises(ValueError, match="the checkpoint's policy was made for"):
+    with pytest.raises(
+        ValueError, match="env.obs_type=pixels_agent_pos: .* was trained with env.obs_type=environment_state"
+    ):
         pusht_act.run(["mode=resume", f"output_dir={run}", "steps=4", "env.obs_type=pixels_agent_pos"])
 
 

@@ -140,9 +140,15 @@ def test_a_model_of_a_newer_lerobot_is_called_one(model: Path) -> None:
     assert "by a newer LeRobot" in said
 
 
-def test_an_environment_that_the_policy_cannot_look_at_is_refused(run: Path, in_tmp: Path) -> None:
+def test_an_environment_that_the_policy_cannot_look_at_is_refused(run: Path, model: Path, in_tmp: Path) -> None:
+    evaluated = ["mode=eval", f"checkpoint={run}", "env.obs_type=pixels_agent_pos", "output_dir=out"]
+    with pytest.raises(UserError, match="^env.obs_type=pixels_agent_pos: .* was trained with env.obs_type=env"):
+        pusht_act.run(evaluated)
+    # A model alone does not tell its environment.
+    for name in ("pusht_act.json", "train_config.json"):
+        (model / name).unlink()
     with pytest.raises(UserError, match="^env.obs_type=pixels_agent_pos observes .*, the checkpoint's policy looks "):
-        pusht_act.run(["mode=eval", f"checkpoint={run}", "env.obs_type=pixels_agent_pos", "output_dir=out"])
+        pusht_act.run(evaluated)
 
 
 @pytest.mark.parametrize(("key", "text"), [("repo_id", "x"), ("vision_backbone", "x"), ("device", "' of type ")])

@@ -46,6 +46,14 @@ REFUSED = [
     ("save_interval=4", "save_interval is unknown", "did you mean save_freq?"),
     ("log_interval=4", "log_interval is unknown", "did you mean log_freq?"),
     ("ckpt_path=x", "ckpt_path is unknown", "checkpoint (mode=eval) or resume.path (mode=resume)"),
+    *(
+        (f"{name}=3", f"{name} is unknown", f"did you mean {meant}?")
+        for name, meant in (
+            *(("max_epochs", "steps (one epoch is the number of frames / batch_size)"), ("run_name", "job_name")),
+            *(("weight_decay", "+policy.optimizer_weight_decay"), ("bf16", "train.precision"), ("bs", "batch_size")),
+            *(("num_envs", "eval.batch_size"), ("warmup_steps", "+scheduler.num_warmup_steps")),
+        )
+    ),
     ("wandb_project=x", "wandb_project is unknown", "did you mean wandb.project?"),
     # what there is no more
     ("mode=dagger", "mode=dagger was removed"),
@@ -103,7 +111,7 @@ REFUSED = [
     ("resume.path=x", "resume.path=x", "mode=resume"),
     ("checkpoint=x", "checkpoint=x", "mode=eval"),
     ("sweep=seeds", "sweep=seeds is for a sweep", "give -m"),
-    ("hydra/sweeper=optuna", "hydra/sweeper=optuna chooses the values of a sweep's jobs", "give -m"),
+    ("hydra/sweeper=optuna", "hydra/sweeper=optuna is for a sweep", "give -m"),
     ("sweep=optuna_learning_rates hydra/sweeper=basic", "sweep=optuna_learning_rates is for a sweep", "give -m"),
     ("sweep.max_tries=2", "sweep.max_tries=2 is for a sweep", "give -m"),
     ("sweep.resume=x", "sweep.resume=x resumes a sweep", "give -m"),
@@ -194,7 +202,7 @@ REFUSED = [
         (f"mode=eval checkpoint=x {given}", f"{given} is for training (", "not for mode=eval: leave it out")
         for given in (
             *("steps=5", "batch_size=4", "log_freq=1", "save_checkpoint=True", "eval.background=False"),
-            *("wandb.enable=True", "dataset.root=/data", "policy.optimizer_lr=0.1", "policy.push_to_hub=True"),
+            *("train.mirror=0.5", "dataset.root=/data", "policy.optimizer_lr=0.1", "policy.push_to_hub=True"),
         )
     ),
     ("mode=eval checkpoint=x +optimizer.grad_clip_norm=1", "optimizer.grad_clip_norm=1 is for training (", "mode=eval"),
@@ -206,6 +214,49 @@ REFUSED = [
     ("mode=demos policy.push_to_hub=true", "policy.push_to_hub=True is for training (", "demos.push_to_hub="),
     ("mode=demos checkpoint=x", "checkpoint=x is for mode=eval, not for mode=demos", "leave it out"),
     ("mode=resume +policy.pretrained_path=x", "policy.pretrained_path=x is for mode=test", "leave it out"),
+    *(
+        (f"mode=demos {given}", f"{given} is for training (", "not for mode=demos: leave it out")
+        for given in ("policy=act_small", "dataset=demos", "logging=wandb", "job_name=x")
+    ),
+    *(
+        (f"mode=eval checkpoint=x {given}", f"{given.strip('+')} is for training (", "not for mode=eval: leave it out")
+        for given in ("+policy.dropout=0.3", "+policy.license=mit")
+    ),
+    ("mode=demos +env.visualization_width=64", "env.visualization_width=64 is for training (", "not for mode=demos"),
+    # what + and ++ would add to our own sections
+    ("+eval.n_episode=500", "eval.n_episode is unknown", "did you mean eval.n_episodes?"),
+    ("++train.precison=bf16", "train.precison is unknown", "did you mean train.precision?"),
+    ("+demos={speeed:3}", "demos.speeed is unknown", "did you mean demos.speed?"),
+    ("eval={n_episode:3}", "eval.n_episode is unknown", "did you mean eval.n_episodes?"),
+    ("mode=eval checkpoint=x ++eval.n_episode=5", "eval.n_episode is unknown", "did you mean eval.n_episodes?"),
+    ("mode=demos +demos.spead=5", "demos.spead is unknown", "did you mean demos.speed?"),
+    ("mode=status dir=. +status.evry=5", "status.evry is unknown", "did you mean status.every?"),
+    ("+lr=1e-4", "lr is unknown", "did you mean policy.optimizer_lr?"),
+    ("optimizer={grad_clip_norm:1}", "optimizer.grad_clip_norm is not in conf/", "+optimizer.grad_clip_norm=VALUE"),
+    ("scheduler={type:cosine}", "scheduler.type is not in conf/", "+scheduler.type=VALUE"),
+    # what is for a sweep, and Hydra's options that ours replace
+    ("cluster=slurm seed=3", "cluster=slurm is for a sweep", "give -m too, as in `pusht-act -m cluster=slurm seed=3`"),
+    *(
+        (given, f"{given} is for a sweep", f"`pusht-act -m {given}`")
+        for given in ("hydra/launcher=joblib", "hydra.sweep.dir=x", "hydra.sweeper.max_batch_size=3")
+    ),
+    ("hydra.run.dir=x", "hydra.run.dir=x has no use here", "give output_dir=x"),
+    ("-m hydra.job.name=x seed=1,2", "hydra.job.name=x has no use here", "give job_name=x"),
+    # options with dashes, as LeRobot has them
+    ("--policy.chunk_size=50", "--policy.chunk_size=50: options have no dashes here", "give policy.chunk_size=50"),
+    ("--policy.dropout 0.2", "--policy.dropout: options have no dashes here", "give +policy.dropout=0.2"),
+    ("--steps 5 --batch_size 3", "--steps: options have no dashes here", "give steps=5"),
+    ("--env_eval_freq=5", "--env_eval_freq=5: options have no dashes here", "give eval_freq=5"),
+    ("--resume", "--resume: options have no dashes here", "give mode=resume"),
+    ("--learning_rate=1e-4", "options have no dashes here", "give policy.optimizer_lr=1e-4"),
+    ("--policy.path=x", "--policy.path=x: did you mean checkpoint (mode=eval)", "no dashes"),
+    ("--policy.x=1", "--policy.x=1: options have no dashes here", "+policy.x=VALUE reaches LeRobot's other fields"),
+    # an argument that Hydra cannot read is printed as it should have been given
+    ("output_dir=a=b", "'output_dir=a=b' cannot be read", """give 'output_dir="a=b"'"""),
+    ("wandb.notes=a(b", "cannot be read", """give 'wandb.notes="a(b"'"""),
+    ("wandb.notes=a,b", "wandb.notes=a,b gives several values: add -m", """give 'wandb.notes="a,b"' for one text"""),
+    ("dataset=lerobot/pusht", "dataset=lerobot/pusht does not exist", "pusht or dataset.repo_id=lerobot/pusht?"),
+    ("dataset=me/other", "dataset=me/other does not exist", "did you mean dataset.repo_id=me/other?"),
     ("mode=demos checkpoints.background=false", "checkpoints.background=False is for training", "leave it out"),
     ("checkpoints.background=perhaps", "checkpoints.background=perhaps", "give true or false"),
     ("checkpoints.background=3", "checkpoints.background=3", "give true or false"),

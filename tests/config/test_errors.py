@@ -58,16 +58,17 @@ def test_the_table_is_long() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "wrong"),
     [
-        "dataset=demos demos.n_episodes=3 train.mirror=0.5",
-        "mode=resume demos.n_episodes=3",
-        "mode=demos demos.n_episodes=3 demos.start_seed=3",
-        "wandb.enable=1 overwrite=0",
+        ("dataset=demos demos.n_episodes=3 train.mirror=0.5", "env.episode_length=0"),
+        ("mode=resume demos.n_episodes=3", "env.episode_length=0"),
+        ("mode=demos demos.n_episodes=3 demos.start_seed=3", "demos.replan=0"),
+        ("mode=demos logging=local env=pusht_keypoints", "demos.replan=0"),
+        ("wandb.enable=1 overwrite=0", "env.episode_length=0"),
     ],
 )
-def test_an_option_that_has_a_use_gets_past_the_checks_for_it(overrides: str, in_tmp: Path) -> None:
-    check(line(*overrides.split(" "), "env.episode_length=0"), ("env.episode_length=0 is too small",), in_tmp)
+def test_an_option_that_has_a_use_gets_past_the_checks_for_it(overrides: str, wrong: str, in_tmp: Path) -> None:
+    check(line(*overrides.split(" "), wrong), (f"{wrong} is too small",), in_tmp)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -102,6 +103,11 @@ def test_the_working_directory_is_never_moved_aside(in_tmp: Path) -> None:
     for path in (".", "..", str(in_tmp)):
         assert f"output_dir={path} is the working directory" in line(*TINY, f"output_dir={path}", "overwrite=true")
     assert (in_tmp / "thesis.tex").exists()
+
+
+def test_a_finished_run_is_called_so(trained: Path, in_tmp: Path) -> None:
+    assert f"output_dir={trained} holds a finished run of 4 steps" in line(*TINY, f"output_dir={trained}")
+    assert f"output_dir={trained} holds a finished run" not in line(*TINY, f"output_dir={trained}", "overwrite=x")
 
 
 @pytest.mark.parametrize("steps", [4, 3])

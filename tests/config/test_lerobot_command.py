@@ -247,14 +247,14 @@ def test_an_evaluation(
     name: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ["mode=eval", f"checkpoint={run / name}", "eval.n_episodes=9", "eval.batch_size=3", HERE]
-    overrides += ["eval.start_seed=77", "policy.n_action_steps=2", "+policy.pre_norm=true"]
+    overrides += ["eval.start_seed=77", "policy.n_action_steps=2", "+policy.use_amp=true"]
     program, arguments = printed(capsys, *overrides)
     assert program == "lerobot-eval"
-    assert sum("policy." in argument for argument in arguments) == 3  # path, n_action_steps, pre_norm
+    assert sum("policy." in argument for argument in arguments) == 3  # path, n_action_steps, use_amp
     stock = stock_eval_config(arguments, monkeypatch)
     assert stock.policy is not None
     assert stock.policy.pretrained_path == run / "checkpoints" / "000004" / "pretrained_model"
-    assert (stock.policy.n_action_steps, stock.policy.pre_norm) == (2, True)
+    assert (stock.policy.n_action_steps, stock.policy.use_amp) == (2, True)
     assert (stock.eval.n_episodes, stock.eval.batch_size, stock.seed) == (9, 3, 77)
     assert (stock.env.obs_type, stock.env.episode_length) == ("environment_state_agent_pos", 12)
 

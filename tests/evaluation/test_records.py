@@ -68,7 +68,7 @@ def test_the_same_again_is_read_and_printed(
     printed = capsys.readouterr().out
     assert f"; {first.output_dir}\n" in printed
     monkeypatch.setattr("pusht_act.evaluation.evaluate.rollout", refuse)
-    for option in ("eval.n_videos=0", "eval.workers=2", "job_name=another", "+policy.dropout=0.5"):
+    for option in ("eval.n_videos=0", "eval.workers=2", "job_name=another"):
         again = evaluated(run, option)
         assert again.episodes == first.episodes
         assert again.metrics == first.metrics
