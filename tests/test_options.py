@@ -51,6 +51,7 @@ ELSEWHERE = {
     "checkpoints.keep_every": "checkpoints/test_retention.py",
     **dict.fromkeys(("policy.repo_id", "policy.private", "policy.tags", "policy.license"), "checkpoints/test_hub.py"),
     **dict.fromkeys(("dataset.root", "dataset.revision"), "data/test_data.py"),
+    **dict.fromkeys(("scheduler.num_cycles", "scheduler.num_vqvae_training_steps"), "LeRobot's, of another schedule"),
     "dataset.observations": "data/test_choose_features.py",
     "dataset.allow_change": "training/test_other_dataset.py",
     **dict.fromkeys(("job_name", *(key for key in KEYS if key.startswith("wandb."))), "runs/test_wandb.py"),

@@ -51,10 +51,10 @@ def format_jobs(jobs: Sequence["Job"], more: Sequence[dict[str, str]] = ()) -> l
     errors: dict[str, list[str]] = {}
     for job in jobs:
         if job.error:
-            errors.setdefault(job.error, []).append(str(job.number))
+            errors.setdefault(job.error, []).append(f"job {job.number}")
     return [
         *lines,
-        *(f"job{'s' * (len(some) > 1)} {', '.join(some)} failed: {error}" for error, some in errors.items()),
+        *(f"{', '.join(some)} failed: {error}" for error, some in errors.items()),
     ]
 
 

@@ -144,7 +144,7 @@ REFUSED = [
     # choices
     ("policy.type=diffusion", "policy.type=diffusion", "give policy.type=act"),
     ("wandb.mode=on", "wandb.mode=on", "online, offline or disabled"),
-    ("dataset.repo_id=null", "dataset.repo_id=None", "lerobot/pusht"),
+    ("dataset.repo_id=null", "dataset.repo_id=null", "give one text"),
     ("+dataset.episodes=[0,0]", "dataset.episodes=[0, 0]", "[0,1,2]"),
     ("+dataset.episodes=[]", "dataset.episodes=[]", "leave it out"),
     ("dataset.observations=[]", "dataset.observations=[]", "leave it out"),
@@ -303,7 +303,7 @@ REFUSED = [
     # after a run of TINY; these need LeRobot to be judged
     *((" ".join(tiny_command(*row[0].split(" "))), *row[1:]) for row in [
     ("+policy.dropuot=0.2", "policy.dropuot", "did you mean policy.dropout?"),
-    ("+policy.dropout=abc", "policy.dropout=abc", "float"),
+    ("+policy.dropout=abc", "policy.dropout=abc", "give a number"),
     ("+policy.dropout=2", "policy.dropout=2", "give a number in [0, 1)"),
     ("policy.dim_model=33", "policy.dim_model=33", "policy.n_heads=4", "give policy.dim_model=32"),
     ("+policy.feedforward_activation=tanh", "policy.feedforward_activation=tanh", "relu, gelu, glu"),

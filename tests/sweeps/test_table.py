@@ -49,7 +49,7 @@ def test_the_table_as_a_file() -> None:
 
 def test_what_several_jobs_failed_for_is_said_once() -> None:
     jobs = [Job(number, [f"seed={number}"], "failed", 1, error="x" if number else "y") for number in range(3)]
-    assert format_jobs(jobs)[-2:] == ["job 0 failed: y", "jobs 1, 2 failed: x"]
+    assert format_jobs(jobs)[-2:] == ["job 0 failed: y", "job 1, job 2 failed: x"]
 
 
 def test_a_folder_of_sweeps_is_listed(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
