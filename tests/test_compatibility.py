@@ -24,7 +24,8 @@ REMOVED_KEYS: set[str] = {"dagger"}
 """Those of then, by their old names, that there are no more, or whole sections."""
 ADDED_KEYS: set[str] = {
     *("train.backbone_norm", "train.random_shift", "train.state_noise", "train.chunk_discount"),
-    "ema",
+    *("wandb.name", "wandb.group", "wandb.tags", "wandb.add_tags", "wandb.run_id", "wandb.disable_artifact"),
+    *("ema", "rename_map", "dataset.observations", "dataset.allow_change"),
 }
 """Those that there were not, or whole sections."""
 CHANGED_VALUES: dict[tuple[str, Any], Any] = {
@@ -63,7 +64,7 @@ RENAMED_FILES: dict[str, str] = {}
 
 ADDED_FILES = {
     "run": ["evaluations.jsonl", "eval/step-000006_seeds-100000-100001/episodes.npz"],
-    "sweep": ["1/evaluations.jsonl", "1/eval/step-000004_seeds-100000-100001/episodes.npz"],
+    "sweep": ["jobs.csv", "1/evaluations.jsonl", "1/eval/step-000004_seeds-100000-100001/episodes.npz"],
 }
 """Files that a run, or a job of a sweep that goes on, did not leave behind then."""
 

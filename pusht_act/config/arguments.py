@@ -5,6 +5,7 @@ Old names of options are replaced in aliases.py; what was composed from the argu
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from pusht_act.config.errors import explain_dashes
@@ -61,7 +62,7 @@ def _check_choices(arguments: Iterable[str]) -> None:
 
 def _check_dashes(arguments: Sequence[str]) -> None:
     """Refuse options with dashes, which is how LeRobot and most programs have them."""
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, after in pairwise([*arguments, ""]):
         name, equals, value = argument.removeprefix("--").partition("=")
         # Hydra takes the beginning of a flag, too.
         if not argument.startswith("--") or any(flag.startswith(name) for flag in FLAGS):

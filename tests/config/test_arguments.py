@@ -3,7 +3,7 @@
 import pytest
 
 import pusht_act
-from pusht_act.config.arguments import quote_texts
+from pusht_act.config.arguments import check_arguments, quote_texts
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,7 @@ def test_the_run_has_the_name_that_was_typed(capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert "2025_01_03" in printed
     assert "--output_dir=1e3 " in printed
+
+
+def test_a_command_needs_no_arguments() -> None:
+    check_arguments([])
