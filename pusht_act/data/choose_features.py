@@ -7,6 +7,7 @@ it, `dataset.observations` leaves the others out. Everything here is known befor
 import logging
 from itertools import combinations
 
+from pusht_act.checkpoints.processor_files import STATISTICS
 from pusht_act.config.lerobot import LeRobotConfig, PushtEnv
 from pusht_act.config.schema import Config
 from pusht_act.data.lerobot import ACTION, IMAGENET_STATS
@@ -14,14 +15,6 @@ from pusht_act.data.lerobot_metadata import Feature, Metadata
 from pusht_act.runtime.errors import UserError, join_some
 
 log = logging.getLogger(__name__)
-
-STATISTICS = {
-    "MEAN_STD": ("mean", "std"),
-    "MIN_MAX": ("min", "max"),
-    "QUANTILES": ("q01", "q99"),
-    "QUANTILE10": ("q10", "q90"),
-}
-"""What each of LeRobot's normalizations is made of."""
 
 
 def choose_features(config: Config, env: PushtEnv, features: dict[str, Feature]) -> dict[str, str]:
