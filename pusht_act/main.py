@@ -213,7 +213,6 @@ def _lead() -> None:
     # Before Hydra reads them: it would write down a sweep's, and show those that it cannot read.
     for argument in sys.argv[1:]:
         refuse_tokens(*argument.partition("=")[::2])
-        _refuse_rerun(argument)
     if world_size() > 1 and not {"-m", "--multirun"}.isdisjoint(sys.argv):
         raise UserError(
             f"-m starts jobs from one process, and these are {world_size()}: give it without torchrun, and "
@@ -224,16 +223,6 @@ def _lead() -> None:
     helps = not {"-h", "--help"}.isdisjoint(sys.argv)
     with sweep_summary(), _hydra_raises(), _config_store_shared() if helps else nullcontext():
         _task()
-
-
-def _refuse_rerun(argument: str) -> None:
-    """Refuse Hydra's flag that unpickles a file, and with that runs whatever the file says; flags may be shortened."""
-    flag = argument.partition("=")[0]
-    if len(flag) > len("--") and "--experimental-rerun".startswith(flag):
-        raise UserError(
-            f"{flag} would run any code that its file has in it: give the overrides that are in the file's folder, "
-            "in .hydra/overrides.yaml"
-        )
 
 
 def _check_working_directory() -> None:

@@ -39,6 +39,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """
     _check_dashes(arguments)
     for argument in arguments:
+        _refuse_rerun(argument)
         key, _, value = argument.lstrip("+").partition("=")
         if (ours := HYDRA_INSTEAD.get(key)) is not None:
             raise UserError(f"{argument} has no use here: give {ours}={value}")
@@ -58,6 +59,16 @@ def _check_choices(arguments: Iterable[str]) -> None:
         is_list = value.startswith("[") and group in LISTS
         if value.startswith(("{", "[")) and not (is_list and not re.search(r"[\[,]\s*[\d\[{]", value)):
             raise UserError(f"{argument}: give {group}= one of {choices}")
+
+
+def _refuse_rerun(argument: str) -> None:
+    """Refuse Hydra's flag that unpickles a file, and with that runs whatever the file says; flags may be shortened."""
+    flag = argument.partition("=")[0]
+    if len(flag) > len("--") and "--experimental-rerun".startswith(flag):
+        raise UserError(
+            f"{flag} would run any code that its file has in it: give the overrides that are in the file's folder, "
+            "in .hydra/overrides.yaml"
+        )
 
 
 def _check_dashes(arguments: Sequence[str]) -> None:
