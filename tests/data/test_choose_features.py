@@ -24,18 +24,6 @@ from tests.helpers.odd_datasets import change_column, change_json
 KEYPOINTS, STATE, IMAGE = "observation.environment_state", "observation.state", "observation.image"
 
 
-@pytest.fixture
-def keypoints(keypoints_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copytree(keypoints_dataset, tmp_path / "data"))
-
-
-@pytest.fixture
-def pictures(image_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copytree(image_dataset, tmp_path / "data"))
-
-
 def rename(root: Path, old: str, new: str) -> None:
     """Give a feature another name, as another recorder would have."""
     change_json(root, "info.json", lambda info: info["features"].update({new: info["features"].pop(old)}))

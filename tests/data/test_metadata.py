@@ -21,19 +21,6 @@ from tests.helpers.dataset_config import config, job
 from tests.helpers.odd_datasets import change_column, change_json
 from tests.helpers.sampling import some_not_slow
 
-
-@pytest.fixture
-def dataset(keypoints_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copytree(keypoints_dataset, tmp_path / "data"))
-
-
-@pytest.fixture
-def pictures(image_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PUSHT_ACT_CACHE", str(tmp_path / "cache"))
-    return Path(shutil.copytree(image_dataset, tmp_path / "data"))
-
-
 # JSON.
 
 WRONG: list[Any] = [None, True, -1, 0, 1.5, 10**30, "text", "", [], [[]], {}, {"a": 1}]
@@ -73,10 +60,10 @@ def attempt(*described: Any) -> tuple[FrameDataset | None, str]:
     ("name", "every"), some_not_slow([("info.json", 61), ("info.json", 7), ("stats.json", 299), ("stats.json", 47)], 2)
 )
 def test_a_value_of_any_type_is_refused_in_a_line_that_names_the_file(
-    name: str, every: int, dataset: Path, tmp_path: Path
+    name: str, every: int, keypoints: Path, tmp_path: Path
 ) -> None:
-    described = job(dataset)
-    path = dataset / "meta" / name
+    described = job(keypoints)
+    path = keypoints / "meta" / name
     content = json.loads(path.read_text())
     right = {key: array.copy() for key, array in open_dataset(*described).arrays.items()}
     cases = [(place, value) for place in leaves(content) for value in WRONG][::every]
@@ -87,7 +74,7 @@ def test_a_value_of_any_type_is_refused_in_a_line_that_names_the_file(
         if frames is None:
             refused += 1
             # What the features are is compared with the environment, and is that of the whole data set.
-            assert any(name in said for name in (str(path), str(dataset), "lerobot/pusht_keypoints")), (place, value)
+            assert any(name in said for name in (str(path), str(keypoints), "lerobot/pusht_keypoints")), (place, value)
             assert "\n" not in said
         else:
             # What nobody reads may be anything.
@@ -121,21 +108,21 @@ def test_a_value_of_any_type_is_refused_in_a_line_that_names_the_file(
     ],
 )
 def test_the_message_names_file_key_and_value(
-    name: str, place: tuple[Any, ...], value: Any, said: str, dataset: Path
+    name: str, place: tuple[Any, ...], value: Any, said: str, keypoints: Path
 ) -> None:
-    change_json(dataset, name, lambda content: replaced(content, place, value))
-    described = job(dataset)
+    change_json(keypoints, name, lambda content: replaced(content, place, value))
+    described = job(keypoints)
     with pytest.raises(DatasetError) as caught:
         open_dataset(*described)
-    assert str(caught.value).startswith(f"{dataset}/{said}")
+    assert str(caught.value).startswith(f"{keypoints}/{said}")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '"', "\x00", '{"a": 1}}', "nul"])
 @pytest.mark.parametrize("name", ["info.json", "stats.json"])
-def test_a_file_that_is_no_json_is_named(name: str, text: str, dataset: Path) -> None:
-    (dataset / "meta" / name).write_text(text)
+def test_a_file_that_is_no_json_is_named(name: str, text: str, keypoints: Path) -> None:
+    (keypoints / "meta" / name).write_text(text)
     with pytest.raises(DatasetError, match=f"{name}: holds no JSON .*: fetch the data set again"):
-        open_lerobot_dataset(config(dataset))
+        open_lerobot_dataset(config(keypoints))
 
 
 # What is no file.
@@ -169,22 +156,22 @@ def test_what_is_no_file_is_refused_at_once(
         open_lerobot_dataset(config(pictures))
 
 
-def test_a_folder_in_place_of_a_file_is_named(dataset: Path) -> None:
-    path = dataset / "meta" / "info.json"
+def test_a_folder_in_place_of_a_file_is_named(keypoints: Path) -> None:
+    path = keypoints / "meta" / "info.json"
     path.unlink()
     path.mkdir()
     with pytest.raises((UserError, OSError), match=str(path)):
-        open_lerobot_dataset(config(dataset))
+        open_lerobot_dataset(config(keypoints))
 
 
-def test_a_data_set_of_links_is_read(dataset: Path, tmp_path: Path) -> None:
+def test_a_data_set_of_links_is_read(keypoints: Path, tmp_path: Path) -> None:
     """The Hub's cache consists of links."""
     linked = tmp_path / "linked"
-    for path in (path for path in dataset.rglob("*") if path.is_file()):
-        link = linked / path.relative_to(dataset)
+    for path in (path for path in keypoints.rglob("*") if path.is_file()):
+        link = linked / path.relative_to(keypoints)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path)
-    assert open_lerobot_dataset(config(linked)).key == open_lerobot_dataset(config(dataset)).key
+    assert open_lerobot_dataset(config(linked)).key == open_lerobot_dataset(config(keypoints)).key
 
 
 # Tables.
@@ -212,10 +199,10 @@ def put(row: int, value: Any) -> Callable[[list[Any]], None]:
         ("tasks", lambda _: pa.array([[1], [2], [3]]), "column tasks holds list<.*int64>, not lists of texts"),
     ],
 )
-def test_the_table_of_episodes_is_checked(column: str, change: Any, said: str, dataset: Path) -> None:
-    change_column(dataset, "meta/episodes", column, change)
-    with pytest.raises(DatasetError, match=f"{dataset}/meta/episodes: {said}"):
-        open_lerobot_dataset(config(dataset))
+def test_the_table_of_episodes_is_checked(column: str, change: Any, said: str, keypoints: Path) -> None:
+    change_column(keypoints, "meta/episodes", column, change)
+    with pytest.raises(DatasetError, match=f"{keypoints}/meta/episodes: {said}"):
+        open_lerobot_dataset(config(keypoints))
 
 
 @pytest.mark.parametrize(
@@ -257,10 +244,10 @@ def swap(values: list[Any]) -> None:
         ("action", lambda _: pa.array(["x"] * 71), r"holds string of shape \[1\], info.json says shape \[2\]"),
     ],
 )
-def test_the_table_of_frames_is_checked(column: str, change: Any, said: str, dataset: Path) -> None:
-    change_column(dataset, "data", column, change)
-    with pytest.raises(DatasetError, match=f"{dataset}/data: .*{said}"):
-        open_lerobot_dataset(config(dataset))
+def test_the_table_of_frames_is_checked(column: str, change: Any, said: str, keypoints: Path) -> None:
+    change_column(keypoints, "data", column, change)
+    with pytest.raises(DatasetError, match=f"{keypoints}/data: .*{said}"):
+        open_lerobot_dataset(config(keypoints))
 
 
 @pytest.mark.parametrize(
@@ -272,17 +259,17 @@ def test_the_table_of_frames_is_checked(column: str, change: Any, said: str, dat
         ([2, 2], pa.array([[[i, 0], [1, 2]] for i in range(71)])),
     ],
 )
-def test_numbers_are_read_however_they_are_stored(shape: list[int], values: pa.Array, dataset: Path) -> None:
+def test_numbers_are_read_however_they_are_stored(shape: list[int], values: pa.Array, keypoints: Path) -> None:
     """LeRobot stores one number as a plain column, several as a list."""
-    change_json(dataset, "info.json", lambda info: info["features"]["observation.state"].update(shape=shape))
-    change_column(dataset, "data", "observation.state", lambda _: values)
-    found = open_lerobot_dataset(config(dataset)).arrays["observation.state"]
+    change_json(keypoints, "info.json", lambda info: info["features"]["observation.state"].update(shape=shape))
+    change_column(keypoints, "data", "observation.state", lambda _: values)
+    found = open_lerobot_dataset(config(keypoints)).arrays["observation.state"]
     assert found.shape == (71, *shape)
     assert found.reshape(71, -1)[:, 0].tolist() == [*range(71)]
 
 
 @pytest.mark.parametrize("total", [0, 71])
-def test_a_data_set_without_episodes_is_refused(total: int, dataset: Path) -> None:
-    change_json(dataset, "info.json", lambda info: info.update(total_episodes=0, total_frames=total))
-    with pytest.raises(UserError, match=f"dataset.root={dataset} has no episodes .*: record some, or give another"):
-        open_lerobot_dataset(config(dataset))
+def test_a_data_set_without_episodes_is_refused(total: int, keypoints: Path) -> None:
+    change_json(keypoints, "info.json", lambda info: info.update(total_episodes=0, total_frames=total))
+    with pytest.raises(UserError, match=f"dataset.root={keypoints} has no episodes .*: record some, or give another"):
+        open_lerobot_dataset(config(keypoints))
