@@ -6,6 +6,7 @@ What can be refused is refused before torch and lerobot are imported, which take
 """
 
 import dataclasses
+import importlib
 import logging
 import re
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from pusht_act.checkpoints.merge_config import blamed_on
 from pusht_act.checkpoints.resume import describe_restart
 from pusht_act.checkpoints.retention import finish_cleanup
 from pusht_act.config.lerobot_command import lerobot_command
-from pusht_act.config.overrides import check_overrides
+from pusht_act.config.overrides import check_overrides, override
 from pusht_act.config.schema import Config, Mode, to_dict
 from pusht_act.config.validation import check_processes, check_share
 from pusht_act.resolve import ResolvedJob, is_finished, resolve
+from pusht_act.runs import commands
 from pusht_act.runs.provenance import log_file, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 from pusht_act.runtime.distributed import PeerLostError, broadcast_from_main, raise_on_any_rank, world_size
@@ -140,12 +142,20 @@ def run_worker(extensions: Extensions | None = None) -> Result:
 
 def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensions, overrides: list[str]) -> "Trainer":
     """Build the trainer on every rank; the first import of torch and lerobot."""
+    _import("pusht_act.training.build")
     from pusht_act.config.lerobot import decode
     from pusht_act.training.build import build_trainer
 
     with raise_on_any_rank(), blamed_on(start, overrides) if start is not None else nullcontext():
         lerobot = decode(config)
     return build_trainer(config, lerobot, start, extensions)
+
+
+def _import(*modules: str) -> None:
+    """Import what takes seconds. A signal waits for it: raised from within torch's compiled code it would abort."""
+    with signals.defer("importing torch first"):
+        for module in modules:
+            importlib.import_module(module)
 
 
 def _train(job: ResolvedJob) -> Result:
@@ -163,6 +173,7 @@ def _train(job: ResolvedJob) -> Result:
         ensure_unused(run.path, config.overwrite)
 
     # From here on the other ranks take part (see run_worker).
+    _import("pusht_act.training.build")
     from pusht_act.training.automatic import resolve_automatic
 
     job = dataclasses.replace(job, config=resolve_automatic(config, start))
@@ -222,11 +233,11 @@ def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
     if stopped.checkpoint is None:
         log.warning("%s, no checkpoint was written", stopped)
         return
-    again = ["mode=resume", f"output_dir={run.path}", f"steps={config.steps}"]
+    again = ["mode=resume", override("output_dir", str(run.path)), f"steps={config.steps}"]
     if is_finished(Checkpoint(stopped.checkpoint / MODEL_DIR), config):
         log.warning("%s, the last: the run is finished, in %s", stopped, stopped.checkpoint)
     else:
-        command = job.extensions.command(overrides if config.resume.auto else again)
+        command = job.extensions.follow_up(overrides if config.resume.auto else again)
         log.warning("%s, saved %s; to resume: %s", stopped, stopped.checkpoint, command)
 
 
@@ -237,24 +248,23 @@ def _print_next_steps(job: ResolvedJob, film_strip: Path | None) -> None:
         return
     if film_strip is not None:
         log.info("to look at: %s and the videos beside it", film_strip)
+    here, follow_up = override("output_dir", str(run.path)), job.extensions.follow_up
     if config.save_checkpoint:
-        log.info("final evaluation: pusht-act mode=eval checkpoint=%s", run.path)
+        log.info("final evaluation: %s", commands.follow_up(["mode=eval", override("checkpoint", str(run.path))]))
         # A schedule ends with its run: a longer one has to be trained from the start.
-        if config.scheduler:
-            replaced = ("steps=", "job_name=", *(["output_dir="] if config.mode is not Mode.resume else []))
-            again = [o for o in overrides if not o.startswith(replaced)]
-            longer = [*again, f"steps={2 * config.steps}", f"job_name={config.job_name}_longer"]
-            log.info("to train twice as long: %s", job.extensions.command(longer))
-        else:
-            longer = ["mode=resume", f"output_dir={run.path}", f"steps={2 * config.steps}"]
-            log.info("to continue training: %s", job.extensions.command(longer))
+        if not config.scheduler:
+            log.info("to continue training: %s", follow_up(["mode=resume", here, f"steps={2 * config.steps}"]))
+        elif config.mode is not Mode.resume:
+            again = [o for o in overrides if not o.startswith(("steps=", "job_name=", "output_dir="))]
+            name = override("job_name", f"{config.job_name}_longer")
+            log.info("to train twice as long: %s", follow_up([*again, f"steps={2 * config.steps}", name]))
     if config.mode is Mode.resume:
         return
     again, seed = [o for o in overrides if not o.startswith(("seed=", "output_dir="))], config.seed + 1
-    # A call from Python is one job, in a folder that it has to name.
-    one = [*again, f"seed={seed}", f"output_dir={run.path}_seed{seed}"]
-    several = one if job.extensions.metadata() else ["-m", *again, "seed=1,2,3"]
-    log.info("to measure variance over seeds: %s", job.extensions.command(several))
+    # A call from Python and torchrun start one job, in a folder that it has to name.
+    one = [*again, f"seed={seed}", override("output_dir", f"{run.path}_seed{seed}")]
+    is_one = job.extensions.metadata() or commands.is_launched()
+    log.info("to measure variance over seeds: %s", follow_up(one if is_one else ["-m", *again, "seed=1,2,3"]))
 
 
 def _check_can_push(config: Config) -> None:
@@ -281,6 +291,7 @@ def _evaluate(job: ResolvedJob) -> Result:
     step = checkpoint.step if checkpoint.training_dir.is_dir() else 0
     model, device = model_digests(checkpoint.model_dir), str(config.policy.get("device", "auto"))
     if device == "auto" and has_gpu():
+        _import("pusht_act.config.lerobot")
         from pusht_act.config.lerobot import resolve_device
 
         device = resolve_device(device)
@@ -330,6 +341,7 @@ def _run_evaluation(job: ResolvedJob, checkpoint: Checkpoint, record: "Record") 
     config = job.config
     # The environments' processes start while torch is imported here.
     with make_vector_envs(config.eval) as envs:
+        _import("pusht_act.evaluation.evaluate", "pusht_act.policy.act")
         from pusht_act.config.lerobot import check_observations, decode_env, decode_policy
         from pusht_act.evaluation.evaluate import evaluate
         from pusht_act.evaluation.rollout import Actor
@@ -350,6 +362,7 @@ def _generate_demos(job: ResolvedJob) -> Result:
         from pusht_act.checkpoints.hub import check_can_push
 
         check_can_push(config.demos.repo_id, "demos")
+    _import("pusht_act.demos.collect", "pusht_act.demos.generate")
     from pusht_act.demos.collect import planner_options
     from pusht_act.demos.initial_states import initial_states
 

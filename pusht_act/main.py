@@ -18,8 +18,10 @@ import hydra
 from hydra._internal import hydra as hydra_entry
 from hydra._internal import utils as hydra_utils
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +31,7 @@ import pusht_act
 from pusht_act.config.aliases import rename_overrides
 from pusht_act.config.arguments import check_arguments, quote_texts
 from pusht_act.config.errors import explain
-from pusht_act.config.overrides import check_overrides, describe_modes, is_output_dir_typed
+from pusht_act.config.overrides import check_overrides, describe_modes, is_output_dir_typed, override
 from pusht_act.config.schema import CONFIG_DIR as CONFIG_DIR  # noqa: PLC0414  (notebooks and tests compose from it)
 from pusht_act.config.schema import TRAINING, Mode, register
 from pusht_act.config.secrets_check import refuse_tokens
@@ -100,14 +102,15 @@ def run(overrides: list[str], *, loss: "ActionLoss | None" = None, transforms: "
     """
     refuse_in_starting_worker()
     extensions = Extensions(loss, transforms)
-    try:
-        with signals.handle(), distributed_context(USER_ERRORS) as is_main:
-            return _run(overrides, extensions) if is_main else _run_worker(extensions)
-    except (StopSignal, PeerLostError) as stopped:
-        _report(stopped)
-        raise
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, CONFIG_DIR)) from error
+    with _callers_hydra_kept(), _log_shown():
+        try:
+            with signals.handle(), distributed_context(USER_ERRORS) as is_main:
+                return _run(overrides, extensions) if is_main else _run_worker(extensions)
+        except (StopSignal, PeerLostError) as stopped:
+            _report(stopped)
+            raise
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(explain(error, CONFIG_DIR)) from error
     # On another rank, where rank 0 had nothing to train.
     from pusht_act.job import Result
 
@@ -134,6 +137,37 @@ def _run(overrides: list[str], extensions: Extensions) -> "Result":
     return _execute(cfg, hydra_node, extensions)
 
 
+@contextmanager
+def _callers_hydra_kept() -> Iterator[None]:
+    """Compose apart from the Hydra application that the caller may be, and give it its configuration back."""
+    config, runtime = HydraConfig.instance(), JobRuntime.instance()
+    former = GlobalHydra.instance().hydra, config.cfg, runtime.conf
+    GlobalHydra.instance().hydra, runtime.conf = None, OmegaConf.create()
+    try:
+        yield
+    finally:
+        # Hydra has put another object in the place of this one.
+        GlobalHydra.instance().hydra, config.cfg, runtime.conf = former
+
+
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Show what the command shows where nobody has configured logging, as in a notebook."""
+    root, ours = logging.getLogger(), logging.getLogger("pusht_act")
+    if root.handlers:
+        yield
+        return
+    handler, level = logging.StreamHandler(), ours.level
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        ours.setLevel(level)
+
+
 def _run_worker(extensions: Extensions | None = None) -> "Result":
     from pusht_act.job import run_worker
 
@@ -144,7 +178,7 @@ def _execute(cfg: DictConfig, hydra_node: Any, extensions: Extensions | None = N
     overrides = list(hydra_node.overrides.task)
     if hydra_node.mode is RunMode.MULTIRUN and not is_output_dir_typed(overrides):
         # A job of a sweep has a folder of its own.
-        overrides.append(f"output_dir={hydra_node.runtime.output_dir}")
+        overrides.append(override("output_dir", hydra_node.runtime.output_dir))
         cfg.output_dir = hydra_node.runtime.output_dir
     if extensions is not None:
         _check_used(extensions, cfg)
@@ -186,6 +220,7 @@ def command() -> None:
 
 def main() -> None:
     """Run what the command's arguments ask for; return if it succeeds, else exit with the command's code."""
+    _open_missing_streams()
     if "--version" in sys.argv[1:]:
         print(f"pusht-act {pusht_act.__version__} (Python {platform.python_version()})")
         return
@@ -205,6 +240,16 @@ def main() -> None:
         if _wants_traceback():
             raise
         _exit(error)
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started without standard streams (2>&-) empty ones: its files would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing == number:
+                os.set_inheritable(nothing, True)
+            setattr(sys, name, open(nothing, "r" if number == 0 else "w"))  # noqa: PTH123, SIM115  (it stays open)
 
 
 def _lead() -> None:
@@ -258,9 +303,9 @@ def _hydras_value_errors_as_its_own() -> Iterator[None]:
         *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
         if frame.f_globals.get("__name__", "").startswith("hydra."):
             # Hydra names the type of a wrong choice of a group, and neither the group nor the choice.
-            override = frame.f_locals.get("override")
-            given = f": {override.input_line}" if isinstance(override, Override) else ""
-            raise HydraException(f"{error}{given}") from error
+            given = frame.f_locals.get("override")
+            named = f": {given.input_line}" if isinstance(given, Override) else ""
+            raise HydraException(f"{error}{named}") from error
         raise
 
 

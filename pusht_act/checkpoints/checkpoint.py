@@ -11,7 +11,7 @@ from pathlib import Path
 from pusht_act.checkpoints.manifest import MANIFEST, find_corruption, verify_manifest
 from pusht_act.checkpoints.state import ModelRecord, TrainingStep, read_trainer_state
 from pusht_act.config.schema import METADATA_FILE
-from pusht_act.runs.run_dir import RunDir
+from pusht_act.runs.run_dir import RunDir, follow
 from pusht_act.runtime.errors import UserError, join_some
 from pusht_act.runtime.stored import read_json
 
@@ -127,8 +127,9 @@ def find_checkpoint(path: str, key: str) -> Checkpoint:
     """
     folder = Path(path).expanduser()
     if folder.is_file():
-        folder = folder.parent
-    for model in (folder, folder / MODEL_DIR, folder / "checkpoints" / "last" / MODEL_DIR):
+        folder = follow(folder) or folder.parent
+    last = follow(folder / "checkpoints" / "last")
+    for model in (folder, folder / MODEL_DIR, *([last / MODEL_DIR] if last is not None else [])):
         if (model / "config.json").is_file():
             # `last` may move on while this checkpoint is in use, so the link is resolved now.
             return Checkpoint(model.parent.resolve() / model.name)
@@ -168,17 +169,21 @@ def latest_valid(run: RunDir, most: int | None = None) -> tuple[Checkpoint | Non
     Returns:
         The checkpoint, None if there is none, and a line for each one that was passed over.
     """
-    link, wrong = run.checkpoints / "last", []
-    # Path.resolve() would raise at a link to itself.
-    target = Path(os.path.realpath(link))
-    steps = [path for path in run.checkpoints.glob("*") if path.name.isdigit()]
-    others = sorted((path for path in steps if path.resolve() != target), key=lambda path: int(path.name), reverse=True)
-    # Checkpoints without a link that works: something went wrong, so falling back to one of them is worth a line.
-    if not link.exists() and (steps or link.is_symlink()):
-        wrong.append(f"{link} points to {target.name}, which is missing" if link.is_symlink() else f"{link} is missing")
+    last, wrong = run.checkpoints / "last", []
+    target = follow(last)
     # `last` comes first even where another one has a higher step: a run that was resumed from an earlier step leaves
-    # those of its former future behind.
-    for path in [*([target] if link.exists() else []), *others]:
+    # those of its former future behind. It may be a copy of its checkpoint.
+    first = [path for path in (target, last) if path is not None and path.is_dir()]
+    steps = [path for path in run.checkpoints.glob("*") if path.name.isdigit()]
+    known = [path.resolve() for path in first]
+    others = sorted((path for path in steps if path.resolve() not in known), key=lambda path: int(path.name))[::-1]
+    # Checkpoints without a `last` that works: something went wrong, so falling back to one of them is worth a line.
+    if not first and (steps or os.path.lexists(last)):
+        if target is not None:
+            wrong.append(f"{last} points to {target.name}, which is missing")
+        else:
+            wrong.append(f"{last} names no checkpoint" if last.exists() else f"{last} is missing")
+    for path in dict.fromkeys([*(path.resolve() for path in first), *others]):
         if most is not None and path.name.isdigit() and int(path.name) > most:
             continue
         if (damage := find_corruption(path)) is None:
@@ -214,9 +219,10 @@ def last_checkpoint(
         return checkpoint
     # The run never came to a save: say how to start it again.
     if (option := run.restart_option()) is not None:
+        command = run.restart_command()
         raise FileNotFoundError(
             f"nothing to resume in {run.path}, whose run saved no checkpoint: give the command that started it again "
-            f"with {option}"
+            f"with {option}{f', `{command}`' if command else ''}"
         )
     # A run of another mode or name may lie beside it.
     others = sorted(str(p.parent.parent) for p in run.path.parent.glob("*/checkpoints/last"))

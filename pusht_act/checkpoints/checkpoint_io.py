@@ -48,7 +48,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pusht_act.checkpoints.checkpoint import EMA_DIR, MODEL_DIR, Checkpoint
 from pusht_act.checkpoints.manifest import MANIFEST, size_of, write_manifest
-from pusht_act.checkpoints.retention import remove_temp_files, resolve_symlink, set_symlink
+from pusht_act.checkpoints.retention import remove_temp_files, resolve_pointer, set_pointer
 from pusht_act.checkpoints.state import TrainerState, read_trainer_state
 from pusht_act.checkpoints.tensor_file import find_damage
 from pusht_act.config.schema import METADATA_FILE
@@ -177,7 +177,7 @@ def save(
         # Each rename must be on the disk before what depends on it: the folder before the link that points at it, and
         # the link before older checkpoints are removed.
         fsync(run.checkpoints)
-        set_symlink(run, "last", name)
+        set_pointer(run, "last", name)
         fsync(run.checkpoints)
     except (OSError, SafetensorError) as error:
         # safetensors wraps the errors of the operating system in one of its own.
@@ -226,7 +226,7 @@ def _write(
 def _bytes_needed(run: RunDir, policies: dict[str, ACTPolicy]) -> int:
     """Return the bytes that a checkpoint takes: as the last one, and at least weights and AdamW's two moments."""
     weights: int = sum(parameter.nbytes for parameter in policies[MODEL_DIR].parameters())
-    last = resolve_symlink(run, "last")
+    last = resolve_pointer(run, "last")
     return max((2 + len(policies)) * weights, size_of(last) if last is not None else 0) + NON_TENSOR_BYTES
 
 

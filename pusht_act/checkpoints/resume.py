@@ -33,6 +33,7 @@ from pusht_act.config.schema import (
     Mode,
     to_dict,
 )
+from pusht_act.runs.commands import resume_command
 from pusht_act.runs.run_dir import RunDir, ensure_unused
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.stored import read_json
@@ -173,7 +174,7 @@ def describe_restart(config: Config, run: RunDir) -> str:
     """Return what to do after a run was broken off: what works depends on whether it has saved a checkpoint."""
     if run.has_checkpoints():
         command = "the same command with resume.auto=true, or " if config.mode in TRAIN_MODES else ""
-        return f"to resume from the last checkpoint: {command}mode=resume output_dir={run.path} steps={config.steps}"
+        return f"to resume from the last checkpoint: {command}{resume_command(run.path, config.steps)}"
     option = "resume.auto=true" if config.mode in TRAIN_MODES else "overwrite=true"
     return f"no checkpoint was saved yet: give the same command again with {option}"
 

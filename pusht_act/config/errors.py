@@ -5,6 +5,7 @@ it by validation.py, and in LeRobot's sections by lerobot.py. Here it is answere
 """
 
 import difflib
+import errno
 import re
 import shlex
 from collections.abc import Callable
@@ -116,6 +117,9 @@ def explain(error: BaseException, config_dir: str) -> str:
     """Return `error` as one line."""
     # A value in the message may be a whole file's text.
     text = shorten(str(error))
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"{error.filename} cannot be written: " if error.filename else ""
+        return f"{where}{error.strerror}: make room, then give the same command again"
     # One of Hydra's errors is an OSError, too.
     is_ours = isinstance(error, UserError | OSError) and not isinstance(error, HydraException)
     return " ".join(text.split()) if is_ours else _explain_hydra(error, text, config_dir)

@@ -216,7 +216,8 @@ def train_pipeline_config(config: Config, lerobot: LeRobotConfig, wandb_run_id: 
         optimizer=lerobot.optimizer,
         scheduler=lerobot.scheduler,
         rename_map=config.rename_map or {},
-        eval=EvalConfig(n_episodes=config.eval.n_episodes, batch_size=config.eval.batch_size),
+        # PushT's environments are registered by an import, which stock's worker processes do not have.
+        eval=EvalConfig(config.eval.n_episodes, config.eval.batch_size, use_async_envs=False),
         wandb=WandBConfig(
             enable=config.wandb.enable,
             project=config.wandb.project,

@@ -84,6 +84,7 @@ def _train_flags(config: Config) -> dict[str, Any]:
         "save_freq": config.save_freq,
         "eval.n_episodes": config.eval.n_episodes,
         "eval.batch_size": config.eval.batch_size,
+        "eval.use_async_envs": False,
         "output_dir": config.output_dir,
         "job_name": config.job_name,
         "wandb.enable": wandb.enable,
@@ -155,6 +156,7 @@ def _eval_flags(config: Config, model_dir: Path) -> dict[str, Any]:
         **_changed(_section("policy", _policy(config)), saved),
         "eval.n_episodes": config.eval.n_episodes,
         "eval.batch_size": config.eval.batch_size,
+        "eval.use_async_envs": False,
         "seed": config.eval.start_seed,
     }
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -123,10 +124,33 @@ def flatten(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
-    """Return what Hydra reads in `overrides`, without output_dir, which a sweep does not quote."""
-    named = [override for override in overrides if not override.startswith("output_dir=")]
-    read: list[Override] = OverridesParser.create().parse_overrides(named)
+    """Return what Hydra reads in `overrides`."""
+    read: list[Override] = OverridesParser.create().parse_overrides(overrides)
     return read
+
+
+def override(key: str, text: str) -> str:
+    """Return KEY=VALUE which Hydra reads as `text`: in quotes if it would take that for anything else."""
+    plain = f"{key}={text}"
+    try:
+        value = OverridesParser.create().parse_override(plain).value()
+    except HydraException:
+        value = None
+    if isinstance(value, str) and value == text:
+        return plain
+    quote = Quote.single if '"' in text else Quote.double
+    return f"{key}={QuotedString(text=text, quote=quote).with_quotes()}"
+
+
+def read_value(argument: str) -> str:
+    """Return the value of the `argument` KEY=VALUE as Hydra reads it where a text is wanted.
+
+    Raises:
+        HydraException: it cannot be read.
+    """
+    value = parse_overrides([argument])[0].value()
+    # A folder called 2026 is no number.
+    return value if isinstance(value, str) else argument.partition("=")[2]
 
 
 def describe_modes(modes: tuple[Enum, ...]) -> str:

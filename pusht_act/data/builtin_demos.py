@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int64
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import EMBEDDED_REPO_ID

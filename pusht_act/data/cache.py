@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pusht_act.runtime.atomic import new_dir
 

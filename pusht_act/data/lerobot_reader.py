@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float64, Int64
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pusht_act.config.lerobot import DatasetConfig
 from pusht_act.data.cache import Allocate, BuiltDataset, FrameDataset, load_or_build

@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pusht_act.config.schema import DemosConfig
 from pusht_act.demos.expert import Demonstration, demonstrate

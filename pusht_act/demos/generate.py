@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import UInt8
 
 from pusht_act.config.lerobot import decode_env
+from pusht_act.config.overrides import override
 from pusht_act.config.schema import Config
 from pusht_act.demos.collect import collect, options_key
 from pusht_act.demos.dataset_card import make_card, push
@@ -35,7 +36,8 @@ from pusht_act.envs.film_strip import film_strip
 from pusht_act.envs.pusht import Start, make_env, reset_to
 from pusht_act.envs.rendering import render_frame
 from pusht_act.envs.video import write_video
-from pusht_act.runs.provenance import command_line, package_versions, write_provenance
+from pusht_act.runs.commands import follow_up, record_command
+from pusht_act.runs.provenance import package_versions, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 from pusht_act.runtime.lock import remove_stale
 from pusht_act.runtime.system import cores
@@ -100,7 +102,7 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
         shutil.rmtree(part, ignore_errors=True)
         write_lerobot(part, solved, image, workers)
         _write_extras(part, attempts, figures, options)
-        make_card(part, config, figures, command_line(overrides)).save(part / "README.md")
+        make_card(part, config, figures, record_command(overrides)).save(part / "README.md")
         for name in ("config.yaml", "runs.jsonl"):
             shutil.copy(work / name, part)
         if move_aside(target) is None and target.exists():
@@ -113,10 +115,10 @@ def write_demos(config: Config, options: PlannerOptions, starts: Sequence[Start]
     log.info("%d episodes, %d frames in %s; film_strip.png there shows one", len(solved), figures["n_frames"], target)
     env = "pusht" if image else "pusht_keypoints"
     name = str(config.demos.repo_id) if config.demos.push_to_hub else f"local/{target.name}"
-    train = [f"env={env}", f"dataset.repo_id={name}", f"dataset.root={config.output_dir}"]
-    log.info("to train on them: %s", command_line(train))
+    train = [f"env={env}", override("dataset.repo_id", name), override("dataset.root", config.output_dir)]
+    log.info("to train on them: %s", follow_up(train))
     if config.demos.push_to_hub:
-        log.info("pushed to %s", push(target, config, figures, command_line(overrides)))
+        log.info("pushed to %s", push(target, config, figures, record_command(overrides)))
     return Written(Path(config.output_dir), figures, Path(config.output_dir) / "episode-0.mp4")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import DatasetCard
 from jaxtyping import Int64
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pusht_act.demos.expert import Demonstration
 from pusht_act.demos.features import FEATURES, TASK

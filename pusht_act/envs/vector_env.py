@@ -78,7 +78,7 @@ def make_vector_envs(config: EvalConfig, needed: bool = True) -> Iterator[list[V
         groups = [SubprocVectorEnv(size) for size in sizes]
     elif needed:
         # A signal in the middle of it would leave half an object of llvmlite's, which prints a traceback when it goes.
-        with signals.defer():
+        with signals.defer("loading compiled code first"):
             load_compiled_code()
     try:
         yield groups

@@ -15,7 +15,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from uuid import uuid4
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from pusht_act.config.lerobot import PushtEnv
 from pusht_act.config.schema import EvalConfig
@@ -24,6 +24,7 @@ from pusht_act.envs.vector_env import VectorEnv
 from pusht_act.evaluation.records import Evaluation, Record, read_episodes, video_requests, write_episodes
 from pusht_act.evaluation.rollout import Actor, env_spec, rollout
 from pusht_act.runtime.atomic import delete, new_dir, part_path, replace_dir
+from pusht_act.runtime.errors import DiskError
 from pusht_act.runtime.lock import NAME, Lock
 from pusht_act.runtime.signals import signals
 
@@ -52,8 +53,38 @@ def evaluate(
         description: Label of the progress bar; None shows no bar.
 
     Raises:
-        OSError: A worker process was killed, or the disk is full.
+        OSError: A worker process was killed.
+        DiskError: The disk is full, or `record` cannot be written for another reason.
     """
+    try:
+        return _evaluate(actor, envs, env, config, record, description)
+    except OSError as error:
+        if record is None or (reason := _disk_reason(error)) is None:
+            raise
+        raise DiskError(
+            f"{record.directory} cannot be written ({reason}): make room or see that the folder can be written "
+            "to; the batches that are finished are kept"
+        ) from error
+
+
+def _disk_reason(error: OSError) -> str | None:
+    """Return the system's words for why a file cannot be written; None for another error.
+
+    No variable of a frame in its traceback may hold the error: environments in a cycle crash as they are collected.
+    """
+    # The lock has a message of its own. Of a worker that was killed there is no number.
+    cause = error.__cause__ if isinstance(error, DiskError) else error
+    return cause.strerror if isinstance(cause, OSError) and cause.errno is not None else None
+
+
+def _evaluate(
+    actor: Actor,
+    envs: Sequence[VectorEnv],
+    env: PushtEnv,
+    config: EvalConfig,
+    record: Record | None,
+    description: str | None,
+) -> Evaluation:
     spec, start = env_spec(env, actor.policy.config), time.perf_counter()
     with _ProgressBar(config.n_episodes, description) as progress:
         if record is None:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import platform
-import shlex
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 from pusht_act.config.errors import explain
 from pusht_act.config.schema import CONFIG_DIR
+from pusht_act.runs.commands import record_command
 from pusht_act.runs.run_dir import CONFIG_FILE, RUNS_FILE, RunDir
 from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
@@ -50,7 +50,7 @@ def write_provenance(
     # What it takes to run the same again.
     entry = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(overrides, functions),
+        "command": record_command(overrides, functions),
         **(functions or {}),
         "git": git_commit(),
         "versions": package_versions(),
@@ -73,7 +73,7 @@ def write_provenance(
 @contextmanager
 def log_file(run: RunDir) -> Iterator[None]:
     """Copy what the console shows to train.log for the duration of the block, and the error that ends it."""
-    handler = logging.FileHandler(run.log)
+    handler = logging.FileHandler(run.log, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     # Called from Python, nobody has configured logging.
     logging.getLogger("pusht_act").setLevel(logging.INFO)
@@ -88,23 +88,13 @@ def log_file(run: RunDir) -> Iterator[None]:
         cause = None if known else (type(error), error, error.__traceback__)
         record = logging.LogRecord(log.name, logging.ERROR, __file__, 0, message, None, cause)
         # The error may be that the disk is full.
-        with suppress(OSError), run.log.open("a") as file:
+        with suppress(OSError), run.log.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(handler.format(record) + "\n")
         raise
     finally:
         # The next job of a sweep runs in the same process and has a file of its own.
         logging.getLogger().removeHandler(handler)
         handler.close()
-
-
-def command_line(overrides: list[str], functions: dict[str, Any] | None = None) -> str:
-    """Return the command that composed the job, quoted for a shell; with `functions`, the call from Python."""
-    if not functions:
-        return shlex.join(["pusht-act", *overrides])
-    names = {key: name if isinstance(name, str) else f"[{', '.join(name)}]" for key, name in functions.items()}
-    # Where it is pasted, the script's own functions go by their names alone.
-    given = [f"{key}={name}".replace("__main__.", "") for key, name in names.items()]
-    return f"pusht_act.run({', '.join([repr(overrides), *given])})"
 
 
 def package_versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ Imports neither torch nor lerobot, so that a refusal is immediate.
 import itertools
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import yaml
 
 from pusht_act.config.schema import TRAIN_MODES
+from pusht_act.runs.commands import follow_up, read_command, resume_command
 from pusht_act.runtime.atomic import part_path
+from pusht_act.runtime.errors import DiskError
 from pusht_act.runtime.lock import is_lock
 from pusht_act.runtime.stored import read_text
 
@@ -24,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 """The composed configuration of the last start: the first file that a run writes."""
 RUNS_FILE = "runs.jsonl"
 """What made each start of the run, a line for each."""
+NAME_LENGTH = 32
+"""Characters to read of a file that holds the name of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints: one folder for each step, and the links last and best."""
+        """The folder of checkpoints: one folder for each step, and last and best, which `follow` resolves."""
         return self.path / "checkpoints"
 
     @property
@@ -47,16 +52,33 @@ class RunDir:
         """A copy of what the console showed."""
         return self.path / "train.log"
 
+    def folder_id(self) -> tuple[int, int] | None:
+        """Return what tells its folder from any other that may come to this path; None if there is none."""
+        try:
+            stat = self.path.stat()
+        except OSError:
+            return None
+        return stat.st_dev, stat.st_ino
+
+    def check_folder(self, was: tuple[int, int] | None) -> None:
+        """Refuse to write where another folder is by now, or none, than the one whose `folder_id` was `was`.
+
+        Raises:
+            DiskError: the run was moved or deleted.
+        """
+        if self.folder_id() != was:
+            raise DiskError(f"output_dir={self.path} was moved or deleted while it is written: move it back")
+
     def has_checkpoints(self) -> bool:
         """Return whether a checkpoint was ever saved here, valid or not."""
         # A link that points nowhere counts: a resume should say what happened, and not start from scratch.
         steps = (path.name.isdigit() for path in self.checkpoints.glob("*"))
-        return (self.checkpoints / "last").is_symlink() or any(steps)
+        return os.path.lexists(self.checkpoints / "last") or any(steps)
 
     def finished_steps(self) -> int | None:
         """Return the steps of the run that was trained to its end here; None where it was not."""
-        steps, last = self.configuration().get("steps"), self.checkpoints / "last"
-        reached = last.readlink().name if last.is_symlink() else ""
+        steps, last = self.configuration().get("steps"), follow(self.checkpoints / "last")
+        reached = last.name if last is not None else ""
         return steps if isinstance(steps, int) and reached.isdigit() and int(reached) >= steps else None
 
     def metrics_of(self, step: int) -> dict[str, float]:
@@ -93,6 +115,30 @@ class RunDir:
         # What mode=resume branches off has no resume.auto.
         return "resume.auto=true" if mode in [each.value for each in TRAIN_MODES] else "overwrite=true"
 
+    def starts(self) -> list[dict[str, Any]]:
+        """Return what runs.jsonl has of each start of the run; a line that cannot be read is left out."""
+        try:
+            lines = read_text(self.path / RUNS_FILE, errors="replace").splitlines()
+        except OSError:
+            return []
+        return [start for line in lines if (start := _parse_start(line))]
+
+    def restart_command(self) -> str | None:
+        """Return the command that starts a run again which saved no checkpoint; None if that is not known."""
+        option, starts = self.restart_option(), self.starts()
+        if option is None or not starts:
+            return None
+        again = read_command(str(starts[-1].get("command", "")))
+        key = option.partition("=")[0]
+        return follow_up([*(each for each in again if not each.startswith(f"{key}=")), option])
+
+    def continue_command(self) -> str:
+        """Return the command that resumes the run: to its last step or, if it has come there, to twice as many."""
+        steps, last = self.configuration().get("steps"), follow(self.checkpoints / "last")
+        step = read_step(last) if last is not None else None
+        steps = steps if isinstance(steps, int) else step or 1
+        return resume_command(self.path, steps if step is None or step < steps else 2 * step)
+
     @property
     def evaluations(self) -> Path:
         """The list of all evaluations of the run, one JSON object a line."""
@@ -114,6 +160,51 @@ def parse_metrics(line: str) -> dict[str, Any] | None:
         return None
     numbers = [value for key, value in values.items() if "/" in key]
     return values if all(type(value) in (int, float) for value in numbers) else None
+
+
+def _parse_start(line: str) -> dict[str, Any] | None:
+    """Return the start of a run in a line of runs.jsonl; None if it is still being written, or is not ours."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    texts = isinstance(values, dict) and all(isinstance(values.get(key, ""), str) for key in ("command", "host"))
+    return values if texts else None
+
+
+def follow(pointer: Path) -> Path | None:
+    """Return the checkpoint that `pointer`, such as checkpoints/last, stands for; it may be missing.
+
+    A run that was copied, or lies on a file system without links, has a file with the folder's name in place of the
+    link, or a whole copy of the checkpoint.
+
+    Returns:
+        The folder of the step, or the copy if there is no such folder; None if `pointer` names none.
+    """
+    if pointer.is_dir() and not pointer.is_symlink():
+        step = read_step(pointer)
+        folders = [path for path in pointer.parent.glob("*") if path.name.isdigit() and int(path.name) == step]
+        return folders[0] if folders else pointer
+    # Path.resolve() would raise at a link to itself.
+    if pointer.is_symlink():
+        return Path(os.path.realpath(pointer))
+    if not pointer.is_file():
+        return None
+    try:
+        with pointer.open(encoding="utf-8") as file:
+            name = file.read(NAME_LENGTH).strip()
+    except (OSError, ValueError):
+        return None
+    return pointer.with_name(name) if name.isdecimal() else None
+
+
+def read_step(folder: Path) -> int | None:
+    """Return the step that the checkpoint in `folder` was written at; None if it does not say."""
+    try:
+        step = json.loads(read_text(folder / "training_state" / "training_step.json"))["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int else None
 
 
 def ensure_unused(path: Path, overwrite: bool, remedy: str | None = None) -> None:
@@ -144,9 +235,10 @@ def _remedy(run: RunDir) -> str:
     """Return how to go on with the run that is there, or where to begin another."""
     elsewhere = "give another job_name= or output_dir="
     if run.has_checkpoints():
-        return f": continue it with mode=resume, {elsewhere}"
+        return f": continue it with `{run.continue_command()}`, {elsewhere}"
     if run.restart_option() == "resume.auto=true":
-        return f" by a run that saved no checkpoint: start it again with resume.auto=true, {elsewhere}"
+        again = f"with `{command}`" if (command := run.restart_command()) else "with resume.auto=true"
+        return f" by a run that saved no checkpoint: start it again {again}, {elsewhere}"
     return f": {elsewhere}"
 
 

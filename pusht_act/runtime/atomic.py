@@ -31,10 +31,15 @@ def write_text(path: Path, text: str, sync: bool = False) -> None:
     """
     # A rename is atomic only within a file system, so the temporary file lies beside the target.
     part = part_path(path)
-    part.write_text(text)
-    if sync:
-        fsync(part)
-    part.replace(path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        if sync:
+            fsync(part)
+        part.replace(path)
+    except OSError as error:
+        # The system names a file that it cannot open, but none that it has no room for.
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextmanager

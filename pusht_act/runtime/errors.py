@@ -15,6 +15,10 @@ class UserError(ValueError):
     """
 
 
+class DiskError(OSError):
+    """A file cannot be written, for want of room or of permission. Its message is one line, as that of a UserError."""
+
+
 def join_some(names: Sequence[str]) -> str:
     """Return `names` as a list for a message; of a long one the first few and how many more there are."""
     more = len(names) - MOST_LISTED

@@ -15,6 +15,7 @@ RENAME_EXCHANGE, which NFS refuses. It must watch another machine's lock for a w
 not know SLURM's jobs. Imports neither torch nor lerobot.
 """
 
+import errno
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from pusht_act.runtime.errors import DiskError
 from pusht_act.runtime.stored import read_text
 
 log = logging.getLogger(__name__)
@@ -38,6 +40,8 @@ HEARTBEAT_S = 30.0
 """Seconds between two heartbeats."""
 LEASE_S = 300.0
 """Seconds without a heartbeat after which an owner on another machine is stale."""
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without hard links answer."""
 
 
 def _slurm_job() -> dict[str, int] | None:
@@ -166,7 +170,7 @@ class Lock:
         except FileExistsError:
             raise
         except OSError as error:
-            raise OSError(
+            raise DiskError(
                 f"{self._option}={directory} cannot be written to ({error.strerror}): make room, or give another "
                 f"{self._option}="
             ) from error
@@ -234,9 +238,8 @@ def _acquire(path: Path, owner: LockOwner, option: str) -> None:
     try:
         new.write_text(json.dumps(asdict(owner), indent=2) + "\n")
         while True:
-            # A hard link shows the whole content at once, also on NFS, and fails if there is a lock.
             with suppress(FileExistsError):
-                os.link(new, path)
+                _create(path, new)
                 return
             found, silence = _read(path), _silence(path, new)
             if found is None or silence is None:  # released just now
@@ -256,6 +259,23 @@ def _acquire(path: Path, owner: LockOwner, option: str) -> None:
                 right.unlink(missing_ok=True)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _create(path: Path, new: Path) -> None:
+    """Make a file `path` with the content of `new`.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    # A hard link shows the whole content at once, also on NFS.
+    try:
+        os.link(new, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # exFAT and some network disks have none. Who reads the file amid this sees an unknown owner that is alive.
+        with path.open("x") as file:
+            file.write(new.read_text())
 
 
 def _read(path: Path) -> LockOwner | None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
 from pusht_act.runtime.errors import UserError
@@ -41,6 +42,9 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
     # spawn: the caller may have threads or use a GPU, which do not survive a fork.
     context = multiprocessing.get_context("spawn")
     pool: ProcessPoolExecutor | None = None
+    # Where it starts, this unblocks signals, as those of the workers must not be.
+    with signals.block():
+        resource_tracker.ensure_running()
     try:
         # A signal in the middle of this would leave a half-started process behind. The first submission starts the
         # pool's thread and its first worker; `signals.submit` blocks signals for the others.

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 stop a job; the command then exits with 128 + the signal's number.
+"""SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 stop a job; the command then exits with 128 + the signal's number.
 
     signals.handle()              a signal raises `StopSignal` wherever the job is, ...
       forward_to_children()       ... but with worker processes of multiprocessing, which are stopped first, ...
@@ -16,16 +16,18 @@ continues. Imports neither torch nor lerobot.
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 POLL_S = 0.1
 """Seconds for which a wait defers signals at a time."""
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGHUP comes where the terminal or the ssh connection is closed; after nohup it is ignored and stays so."""
 
 
 class StopSignal(SystemExit):
@@ -63,6 +65,7 @@ class SignalHandler:
         self.is_active = False
         """Whether a `handle` is around the caller."""
         self._deferred = False
+        self._until = ""
         self._checkpoint_requested = False
         self._ignored = False
         self._forwards = False
@@ -108,6 +111,7 @@ class SignalHandler:
         # The first signal counts. A second Ctrl-C means that the user does not want to wait for a checkpoint.
         again, self.received = self.received is not None, self.received or number
         if again and number == signal.SIGINT:
+            _say("leaving at once")
             raise KeyboardInterrupt("interrupted by a second Ctrl-C, without a checkpoint of the last step")
         if again:
             return
@@ -115,6 +119,10 @@ class SignalHandler:
         workers = multiprocessing.active_children() if self._forwards else []
         for worker in workers:
             worker.terminate()
+        if workers:
+            _say(f"{signal.Signals(number).name}: waiting for {len(workers)} processes to save and end")
+        elif self._deferred and self._until:
+            _say(f"{signal.Signals(number).name}: {self._until}")
         if not workers and not self._deferred and not self._ignored:
             raise StopSignal(number)
 
@@ -148,8 +156,11 @@ class SignalHandler:
         self._forwards = True
 
     @contextmanager
-    def defer(self) -> Iterator["SignalHandler"]:
+    def defer(self, until: str = "") -> Iterator["SignalHandler"]:
         """Only note a signal within this.
+
+        Args:
+            until: What is finished first, in words, to be printed at a signal; empty where it takes no time.
 
         Raises:
             StopSignal: there was one before, or nobody acted upon it; not within another `defer`.
@@ -157,16 +168,17 @@ class SignalHandler:
         # Only the outermost block acts: an inner one must not break what the outer one protects.
         if not self._deferred:
             self.raise_if_stopped()
-        with self._noting():
+        with self._noting(until):
             yield self
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _noting(self, until: str = "") -> Iterator[None]:
         former, self._deferred = self._deferred, True
+        former_until, self._until = self._until, until or self._until
         try:
             yield
         finally:
-            self._deferred = former
+            self._deferred, self._until = former, former_until
         if not former:
             self.raise_if_stopped()
 
@@ -207,14 +219,15 @@ class SignalHandler:
         """Submit work to `executor` with signals deferred: a lock that it holds just then would be held for ever.
 
         Python's locks that are written in Python, Condition's and with it those of Future, Queue, Event and Thread, are
-        taken one bytecode before `with` knows of it (bpo-29988).
+        taken one bytecode before `with` knows of it (bpo-29988). A pool of processes starts one here: it inherits that
+        it never sees a signal.
 
         Raises:
             StopSignal: there was a signal.
         """
         if threading.current_thread() is not threading.main_thread():
             return executor.submit(work, *args, **kwargs)
-        with self.defer():
+        with self.defer(), self.block():
             return executor.submit(work, *args, **kwargs)
 
     def wait(self, *futures: Future[Any]) -> None:
@@ -232,6 +245,14 @@ class SignalHandler:
             with self.defer():
                 done = wait(futures, POLL_S, FIRST_EXCEPTION).done
                 ended = len(done) == len(futures) or any(future.exception() for future in done)
+
+
+def _say(text: str) -> None:
+    """Print a line from within a signal handler: no buffer of Python's may be touched there."""
+    # In a process without a standard error, number 2 may be any file.
+    if sys.__stderr__ is not None:
+        with suppress(OSError, ValueError):
+            os.write(sys.__stderr__.fileno(), f"\npusht-act: {text}\n".encode())
 
 
 signals = SignalHandler()

@@ -1,5 +1,6 @@
 """Hydra's callback for sweeps: it records what a sweep is before the first job of it starts."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,8 @@ from typing import Any, NoReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from pusht_act.config.overrides import override
+from pusht_act.runs.commands import config_flags
 from pusht_act.sweeps.hydra_internals import expand_grid, is_basic_sweeper
 from pusht_act.sweeps.joblib_workers import init_worker, partition_resources
 from pusht_act.sweeps.pruning import STORAGE
@@ -66,13 +69,17 @@ class SweepCallback(Callback):  # type: ignore[misc]
         grid = _grid(config, task)
         if config.cluster.dry_run:
             _show_script(config.hydra, max(len(grid), 1))
-        directory = Path(config.hydra.sweep.dir)
+        wanted = Path(config.hydra.sweep.dir)
+        made = [folder for folder in (wanted, *wanted.parents) if not folder.exists()]
+        directory = _claim(config, hydras)
         is_new = not (directory / IDENTITY).exists()
         if (launched := _launched.get()) is not None:
             launched.directory, launched.hydra_node = directory, config.hydra
-            launched.made = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+            launched.made = [directory, *(folder for folder in made if folder != directory)] if is_new else []
             launched.is_new = is_new
         content = {"overrides": recorded_overrides([*task, *hydras]), "jobs": grid}
+        if flags := config_flags(config.hydra):
+            content["flags"] = flags
         if direction := OmegaConf.select(config, "hydra.sweeper.direction"):
             content["direction"] = direction.value
         # A sweep that is resumed keeps what was recorded when it started.
@@ -83,6 +90,25 @@ class SweepCallback(Callback):  # type: ignore[misc]
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Prepare the process of a job; Hydra calls this in it before each of its jobs."""
         init_worker(config.hydra.job)
+
+
+def _claim(config: DictConfig, overrides: list[str]) -> Path:
+    """Return the folder of the sweep: another one if two sweeps were started in the same second."""
+    directory = Path(config.hydra.sweep.dir)
+    # A folder that was named may be that of a sweep to resume.
+    if any(each.startswith("hydra.sweep.dir=") for each in overrides):
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(2):
+        with suppress(FileExistsError):
+            directory.mkdir()
+            break
+        directory = Path(f"{config.hydra.sweep.dir}-{number}")
+    if directory != Path(config.hydra.sweep.dir):
+        # Each job is composed anew, from these.
+        config.hydra.overrides.hydra.append(override("hydra.sweep.dir", str(directory)))
+        config.hydra.sweep.dir = str(directory)
+    return directory
 
 
 def _show_script(hydra_node: DictConfig, n_jobs: int) -> NoReturn:

@@ -6,6 +6,7 @@ Written for Hydra 1.3: tests/sweeps/test_internals.py fails, naming that version
 from collections.abc import Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -15,6 +16,15 @@ HYDRA_VERSION = "1.3"
 def is_basic_sweeper(target: str) -> bool:
     """Return whether a sweeper's `_target_` is Hydra's own, which runs a grid."""
     return target.endswith(f".{BasicSweeper.__name__}")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return a command's flags without -m, such as --config-dir DIR, and its overrides."""
+    overrides: list[str] = get_args_parser().parse_intermixed_args(list(arguments)).overrides
+    left = list(overrides)
+    # A flag's value looks like an override; what argparse counts as one comes in the same order.
+    flags = [each for each in reversed(arguments) if not (left and left[-1] == each and left.pop())][::-1]
+    return [flag for flag in flags if flag not in ("-m", "--multirun")], overrides
 
 
 def expand_grid(overrides: Sequence[str]) -> list[list[str]]:

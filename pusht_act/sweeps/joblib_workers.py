@@ -17,7 +17,9 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from types import FrameType
+from typing import Any
 
 from omegaconf import DictConfig, read_write
 
@@ -28,6 +30,8 @@ log = logging.getLogger(__name__)
 
 GPUS = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
+LAUNCHER = "PUSHT_ACT_LAUNCHER"
+"""The environment variable with the launcher's process number: it may be gone before a worker asks for its parent."""
 
 
 def partition_resources(launcher: DictConfig, jobs: int) -> None:
@@ -48,7 +52,21 @@ def partition_resources(launcher: DictConfig, jobs: int) -> None:
     if at_once > 1:
         os.environ.setdefault(THREADS, str(max(1, cores() // at_once)))
         os.environ[JOBS] = str(at_once)
+        os.environ[LAUNCHER] = str(os.getpid())
         signals.forward_to_children()
+        _watch_from_the_start()
+
+
+def _watch_from_the_start() -> None:
+    """Let each worker of joblib's watch this launcher before it asks for a job, which it may never get."""
+    from joblib import register_parallel_backend
+    from joblib._parallel_backends import LokyBackend
+
+    class WatchingBackend(LokyBackend):  # type: ignore[misc]
+        def configure(self, *args: Any, **kwargs: Any) -> int:
+            return int(super().configure(*args, **kwargs, initializer=watch_launcher))
+
+    register_parallel_backend("loky", WatchingBackend)
 
 
 class _Worker:
@@ -56,7 +74,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.stopping = False
-        self._launcher = os.getppid()
+        self._launcher = int(os.environ[LAUNCHER])
         self._slot = socket.socket(socket.AF_UNIX)
         if len(gpus := _gpus()) > 1:
             os.environ[GPUS] = gpus[self._take_slot() % len(gpus)]
@@ -67,7 +85,7 @@ class _Worker:
         # The progress bars of several workers would be drawn over each other. tqdm has no switch for the bars of a
         # process that pass disable=None, so that they see a terminal or none: this process has none.
         sys.stderr.isatty = lambda: False  # type: ignore[method-assign]
-        threading.Thread(target=self._watch, name="launcher", daemon=True).start()
+        watch_launcher()
 
     def _take_slot(self) -> int:
         """Return the lowest number that no other worker of this launcher has, and hold it until this process ends."""
@@ -87,16 +105,25 @@ class _Worker:
             os._exit(128 + number)
         self.stopping = True
 
-    def _watch(self) -> None:
-        """Wait until the launcher is gone, then stop as at a signal."""
-        main = threading.main_thread().ident
-        assert main is not None
-        while os.getppid() == self._launcher:
-            time.sleep(0.2)
-        signal.pthread_kill(main, signal.SIGTERM)
-
 
 _worker: _Worker | None = None
+
+
+@cache
+def watch_launcher() -> None:
+    """Start a thread that waits until the launcher is gone, then stops this process as at a signal."""
+    launcher, main = int(os.environ[LAUNCHER]), threading.main_thread().ident
+    assert main is not None
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.2)
+        # Before its first job there is nothing to save, and nobody who would give it one.
+        if _worker is None:
+            os._exit(1)
+        signal.pthread_kill(main, signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def init_worker(job: DictConfig) -> None:

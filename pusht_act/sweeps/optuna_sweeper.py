@@ -15,8 +15,10 @@ Imports neither torch nor lerobot, and Optuna only where a study is opened.
 
 import logging
 import math
+import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,9 +28,9 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 from pusht_act.config.optuna import OptunaConfig
-from pusht_act.runtime.errors import UserError
+from pusht_act.runtime.errors import DiskError, UserError
 from pusht_act.runtime.lock import locked
-from pusht_act.sweeps.pruning import STORAGE, STUDY, root_cause
+from pusht_act.sweeps.pruning import STORAGE, STUDY, first_line, root_cause
 from pusht_act.sweeps.state import FINISHED, Job, load_job
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
     given = [*(f"{key}={value}" for key, value in options.params.items()), *arguments]
     parser = OverridesParser.create(config_loader=sweeper.hydra_context.config_loader)
     space, fixed = search_space(parser.parse_overrides(given))
-    with locked(directory, "hydra.sweep.dir"):
+    with locked(directory, "hydra.sweep.dir"), _disk_errors_named(directory):
         OmegaConf.save(config, directory / "multirun.yaml")
         study = _study(directory, options)
         # A sweep that was given more trials on a former resume keeps them.
@@ -79,6 +81,20 @@ def sweep(sweeper: Sweeper, arguments: list[str]) -> None:
                     _ = result.return_value
             for number in numbers:
                 _report(study, load_job(directory, number, []))
+
+
+@contextmanager
+def _disk_errors_named(directory: Path) -> Iterator[None]:
+    """Raise as one line that the study cannot be written: SQLAlchemy and Optuna have errors of their own for it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not isinstance(root_cause(error), sqlite3.Error):
+            raise
+        path, reason = directory / STORAGE, first_line(root_cause(error))
+        raise DiskError(f"{path} cannot be written ({reason}): make room, then resume the sweep") from error
 
 
 def search_space(overrides: Sequence[Override]) -> tuple[dict[str, "BaseDistribution"], list[str]]:
@@ -183,7 +199,9 @@ def _study(directory: Path, options: OptunaConfig) -> "Study":
         )
     except Exception as error:
         # SQLAlchemy and Optuna raise many kinds, without a common base.
-        raise UserError(f"{directory / STORAGE} cannot be read ({root_cause(error)}): start another sweep") from error
+        raise UserError(
+            f"{directory / STORAGE} cannot be read ({first_line(root_cause(error))}): start another sweep"
+        ) from error
 
 
 def _suggest(study: "Study", number: int, space: dict[str, "BaseDistribution"], options: OptunaConfig) -> list[str]:

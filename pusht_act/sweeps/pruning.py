@@ -31,7 +31,9 @@ def reporter(node: Any) -> Callable[[int, dict[str, float]], bool] | None:
     number = OmegaConf.select(node, "job.num", throw_on_missing=False)
     if kind in (None, Pruner.none) or number is None:
         return None
-    return Reporter(Path(node.sweep.dir), int(number), node.sweeper.metric.value, node.sweeper.pruner)
+    return Reporter(
+        Path(node.runtime.cwd) / node.sweep.dir, int(number), node.sweeper.metric.value, node.sweeper.pruner
+    )
 
 
 class Reporter:
@@ -51,7 +53,7 @@ class Reporter:
             # SQLAlchemy and Optuna raise many kinds, without a common base.
             if not self._warned:
                 message = "%s cannot be used (%s): training continues, this trial may not be pruned"
-                log.warning(message, self._path, root_cause(error))
+                log.warning(message, self._path, first_line(root_cause(error)))
             self._warned = True
             return False
         if ends:
@@ -82,8 +84,13 @@ class Reporter:
             storage.engine.dispose()
 
 
-def root_cause(error: BaseException) -> str:
-    """Return the first line of the innermost error: SQLite's own, without the layers around it."""
+def root_cause(error: BaseException) -> BaseException:
+    """Return the innermost error: SQLite's own, without the layers around it."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
     return str(error).partition("\n")[0]

@@ -53,7 +53,6 @@ def _is_harmless(override: str) -> bool:
     if override.startswith("-") or CALLS.search(override):
         return False
     try:
-        # output_dir is left out here: it is a path, and Hydra does not parse it either.
         return all(map(_is_harmless_value, parse_overrides([override])))
     except HydraException:
         return False

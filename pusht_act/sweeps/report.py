@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hydra.errors import HydraException
 
+from pusht_act.runs.commands import follow_up_sweep
 from pusht_act.runtime.atomic import write_text
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.signals import signals
@@ -61,7 +62,10 @@ def sweep_summary() -> Iterator[None]:
                 print(*format_jobs(jobs), *format_seeds(jobs), *best, sep="\n", flush=True)
                 _write_table(directory, jobs)
                 if undone:
-                    print(f"to resume: pusht-act -m sweep.resume={directory}", flush=True)
+                    print(
+                        f"to resume: {follow_up_sweep(directory, identity.flags if identity is not None else [])}",
+                        flush=True,
+                    )
     if undone:
         reasons = [f" (job {job.number}: {job.error})" for job in undone if job.error]
         raise UserError(f"{len(undone)} of {len(jobs)} jobs are not done{''.join(reasons[:1])}") from broken

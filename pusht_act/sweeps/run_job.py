@@ -49,7 +49,8 @@ def run_sweep_job(
     Raises:
         UserError: the job's overrides are not those that the sweep was started with.
     """
-    directory, number = Path(node.sweep.dir), int(node.job.num)
+    # With hydra.job.chdir=true the job is in a folder of its own.
+    directory, number = Path(node.runtime.cwd) / node.sweep.dir, int(node.job.num)
     overrides = list(node.overrides.task)
     _check_same_job(directory, number, overrides)
     found = load_job(directory, number, overrides)

@@ -73,6 +73,8 @@ class Identity:
     """The overrides of each job of a grid; empty for a job whose values Optuna chooses."""
     direction: str | None = None
     """Whether Optuna looks for the largest or the smallest value."""
+    flags: list[str] = field(default_factory=list)
+    """The flags that it was started with, such as --config-dir DIR."""
 
 
 def read_identity(directory: Path) -> Identity | None:
@@ -86,7 +88,7 @@ def read_identity(directory: Path) -> Identity | None:
     except FileNotFoundError:
         return None
     jobs = [rename_overrides(job, quiet=True) for job in found.jobs]
-    return Identity(rename_overrides(found.overrides, quiet=True), jobs, found.direction)
+    return replace(found, overrides=rename_overrides(found.overrides, quiet=True), jobs=jobs)
 
 
 def load_jobs(directory: Path) -> list[Job]:
@@ -124,7 +126,7 @@ def load_job(directory: Path, number: int, overrides: list[str]) -> Job:
 def recorded_overrides(overrides: Sequence[str]) -> list[str]:
     """Return the overrides that identify a sweep: all but its folder, those of its jobs before Hydra's own."""
     # A sweep stays the same one where it is moved.
-    left_out = ("hydra.sweep.dir=", "hydra.mode=", "-m", "--multirun")
+    left_out = ("hydra.sweep.dir=", "hydra.mode=")
     kept = [override for override in overrides if not override.startswith(left_out)]
     return sorted(kept, key=lambda override: override.startswith(("hydra.", "hydra/")))
 

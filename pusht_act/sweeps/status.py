@@ -10,10 +10,7 @@ It is read from their files alone, so it is the same from every machine. Nothing
 Imports neither torch nor lerobot.
 """
 
-import json
-import os
 import re
-import shlex
 import shutil
 import sys
 import time
@@ -26,7 +23,8 @@ from typing import Any
 
 from pusht_act.checkpoints.checkpoint import MODEL_DIR, Checkpoint
 from pusht_act.config.optuna import Metric
-from pusht_act.runs.run_dir import RUNS_FILE, RunDir, parse_metrics
+from pusht_act.runs.commands import read_command
+from pusht_act.runs.run_dir import RunDir, follow, parse_metrics
 from pusht_act.runtime.errors import UserError
 from pusht_act.runtime.lock import read_owner
 from pusht_act.runtime.markdown import format_table
@@ -130,22 +128,23 @@ def find_jobs(directory: Path) -> list[Job]:
 
 def _run_as_job(run: RunDir) -> Job:
     """Return a run as a job. It is never `failed`: no file tells a failure from an interruption."""
-    starts = [start for line in _text(run.path / RUNS_FILE).splitlines() if (start := _start(line))]
+    starts = run.starts()
     last = starts[-1] if starts else {}
     holder, alive = read_owner(run.path)
     progress = read_progress(run.path)
     is_complete = progress.step is not None and progress.steps is not None and progress.step >= progress.steps
     state = "running" if alive else "interrupted"
     # An evaluation may still be missing after the last step.
-    if is_complete and holder is None and not Checkpoint(run.checkpoints / "last" / MODEL_DIR).pending:
+    if is_complete and holder is None and not _pending(run):
         state = "done"
     host = holder.host if holder is not None else last.get("host", "")
-    try:
-        overrides = shlex.split(last.get("command", ""))[1:]
-    except ValueError:
-        # A quotation mark without its other half: not ours.
-        overrides = []
+    overrides = read_command(last.get("command", ""))
     return Job(0, overrides, state, len(starts), output_dir=str(run.path), holder={"host": host})
+
+
+def _pending(run: RunDir) -> list[int]:
+    last = follow(run.checkpoints / "last")
+    return Checkpoint(last / MODEL_DIR).pending if last is not None else []
 
 
 def render(jobs: list[Job], most: int | None = None) -> list[str]:
@@ -202,8 +201,8 @@ def read_progress(path: Path) -> Progress:
     steps, batch_size = _number(config, "steps"), _number(config, "batch_size")
     run = RunDir(path)
     logged = _read_metrics(run.metrics)
-    # Path.resolve() would raise at a link to itself.
-    saved = Path(os.path.realpath(run.checkpoints / "last")).name
+    last = follow(run.checkpoints / "last")
+    saved = last.name if last is not None else ""
     # The last line of metrics may be older than the last checkpoint, or the other way round.
     known = [logged.step, int(saved) if saved.isdigit() else None, None if steps is None else 0]
     step = max((number for number in known if number is not None), default=None)
@@ -238,16 +237,6 @@ def _metrics(line: str, key: str) -> dict[str, Any] | None:
     """Return the metrics in a line that has `key`."""
     values = parse_metrics(line) if key in line else None
     return values if values is not None and key in values else None
-
-
-def _start(line: str) -> dict[str, Any] | None:
-    """Return the start of a run in a line of runs.jsonl; None if it is still being written, or is not ours."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    texts = isinstance(values, dict) and all(isinstance(values.get(key, ""), str) for key in ("command", "host"))
-    return values if texts else None
 
 
 def _number(config: str, key: str) -> int | None:

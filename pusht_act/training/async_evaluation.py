@@ -38,6 +38,7 @@ from pusht_act.policy.act import Processors
 from pusht_act.policy.lerobot import ACTPolicy
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import is_main
+from pusht_act.runtime.errors import DiskError
 from pusht_act.runtime.signals import StopSignal, signals
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,15 @@ class AsyncEvaluator:
     on_result: OnResult
     """Called in the training's thread, in the order of the steps."""
     latest: Evaluation | None = None
+    error: str | None = None
+    """Why the evaluation of the last step is missing."""
     _future: Future[Evaluation] | None = None
+    _step: int = 0
+    _folder_id: tuple[int, int] | None = None
+    """Of the run directory."""
+
+    def __post_init__(self) -> None:
+        self._folder_id = self.run.folder_id()
 
     def is_due(self, step: int) -> bool:
         """Return whether the policy of `step` is to be evaluated."""
@@ -135,10 +144,11 @@ class AsyncEvaluator:
     def poll(self, wait: bool = False) -> None:
         """Hand the result on, if it is there or `wait` says to wait for it.
 
-        After a signal nothing is waited for, and what is not there stays in `state.pending`.
+        After a signal nothing is waited for, and what is not there stays in `state.pending`, as does what the disk did
+        not take: the run's next start evaluates it.
 
         Raises:
-            Exception: what stopped the evaluation.
+            Exception: what else stopped the evaluation.
         """
         if self._future is None:
             return
@@ -147,9 +157,18 @@ class AsyncEvaluator:
                 signals.wait(self._future)
         if not self._future.done():
             return
-        self.latest = evaluation = self._future.result()
-        self._future = None
-        self.on_result(self.state.pending.pop(0), evaluation)
+        future, self._future = self._future, None
+        try:
+            self.latest = evaluation = future.result()
+        except DiskError as error:
+            self.error = str(error) if self._step == self.config.steps else None
+            log.warning("step %d: %s; the run's next start evaluates it", self._step, error)
+            return
+        finally:
+            # It holds the error, whose traceback holds this frame.
+            del future
+        self.state.pending.remove(self._step)
+        self.on_result(self._step, evaluation)
 
     def _runs_beside_training(self, step: int) -> bool:
         # A run that has all its steps has nothing to do but to evaluate.
@@ -157,16 +176,21 @@ class AsyncEvaluator:
         return self.config.eval.background and has_more_steps
 
     def _start(self, step: int, policy: ACTPolicy) -> None:
+        self._step = step
         if self._runs_beside_training(step):
             self._future = self.thread.submit(self._evaluate, step, policy, None)
             return
         # In training's own thread, where a signal can interrupt it at once.
         self._future = Future()
         with suppress(StopSignal), signals.interruptible():
-            self._future.set_result(self._evaluate(step, policy, f"evaluating {step}"))
+            try:
+                self._future.set_result(self._evaluate(step, policy, f"evaluating {step}"))
+            except DiskError as error:
+                self._future.set_exception(error)
         self.poll()
 
     def _evaluate(self, step: int, policy: ACTPolicy, description: str | None) -> Evaluation:
+        self.run.check_folder(self._folder_id)
         options = self.config.eval
         model, values = digest_model(policy, self.processors)
         saved = self.run.checkpoints / step_name(step, self.config.steps)

@@ -21,7 +21,7 @@ from typing import Any
 from pusht_act.checkpoints import checkpoint_io
 from pusht_act.checkpoints.checkpoint import Checkpoint
 from pusht_act.checkpoints.checkpoint_io import TrainComponents, step_name
-from pusht_act.checkpoints.retention import prune, set_symlink
+from pusht_act.checkpoints.retention import prune, set_pointer
 from pusht_act.checkpoints.state import Best, TrainerState
 from pusht_act.config.lerobot import LeRobotConfig, TrainPipelineConfig, train_pipeline_config
 from pusht_act.config.schema import Config
@@ -79,6 +79,11 @@ class CheckpointManager:
     _protected: Steps = ()
     _former_best: Best | None = None
     _failed: int | None = None
+    _folder_id: tuple[int, int] | None = None
+    """Of the run directory."""
+
+    def __post_init__(self) -> None:
+        self._folder_id = self.run.folder_id()
 
     def is_due(self, step: int) -> bool:
         """Return whether save_freq asks for a checkpoint of `step`; the last step always has one."""
@@ -111,7 +116,7 @@ class CheckpointManager:
         in_background = self.config.checkpoints.background and step < self.config.steps
         snapshot = checkpoint_io.snapshot(self.components, self.state, to_cpu=in_background)
         self._step, self._protected = step, self.protected_steps
-        self._future = self.thread.submit(checkpoint_io.save, self.run, snapshot, self.train_config, self.metadata)
+        self._future = self.thread.submit(self._save, snapshot)
         if not in_background:
             self.wait()
 
@@ -170,6 +175,10 @@ class CheckpointManager:
                     log.warning("%s cannot be removed (%s): it stays", folder, error.strerror)
         prune(self.run, self.config.checkpoints, protected)
 
+    def _save(self, snapshot: checkpoint_io.Snapshot) -> Checkpoint:
+        self.run.check_folder(self._folder_id)
+        return checkpoint_io.save(self.run, snapshot, self.train_config, self.metadata)
+
     def _on_save_failed(self) -> None:
         """Forget the step: without a checkpoint it cannot be the best."""
         self._failed = self._step
@@ -185,7 +194,7 @@ class CheckpointManager:
         best = self._best_step
         if best is not None and (folder := self._folder(best)).is_dir():
             try:
-                set_symlink(self.run, "best", folder.name)
+                set_pointer(self.run, "best", folder.name)
             except OSError as error:
                 log.warning("best cannot be pointed at %s: %s", folder, error.strerror)
 

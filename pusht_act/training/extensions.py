@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pusht_act.checkpoints.checkpoint import Checkpoint
-from pusht_act.runs.provenance import command_line
+from pusht_act.runs.commands import follow_up, record_command
 from pusht_act.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,8 +64,12 @@ class Extensions:
         return ", ".join(f"{key}={_shown(names)}" for key, names in self.metadata().items())
 
     def command(self, overrides: list[str]) -> str:
-        """Return what runs `overrides` with the same functions: a line for a shell, or one of Python."""
-        return command_line(overrides, self.metadata())
+        """Return what runs `overrides` with the same functions, to be kept: a line for a shell, or one of Python."""
+        return record_command(overrides, self.metadata())
+
+    def follow_up(self, overrides: list[str]) -> str:
+        """Return the same, to be printed: started as the present command was."""
+        return follow_up(overrides, self.metadata())
 
     def check_same(self, checkpoint: Checkpoint) -> None:
         """Refuse to resume `checkpoint` with other functions than it was trained with.

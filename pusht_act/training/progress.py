@@ -5,7 +5,7 @@ import math
 import time
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pusht_act.config.schema import Config

@@ -27,6 +27,7 @@ from pusht_act.policy.batch_norm import live_norms, update_statistics
 from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import agree, broadcast_from_main, is_main, world_size
+from pusht_act.runtime.errors import DiskError
 from pusht_act.runtime.malloc import keep_freed_memory
 from pusht_act.runtime.seeding import statistics_generator
 from pusht_act.runtime.signals import signals
@@ -99,7 +100,7 @@ class Trainer:
 
         Raises:
             DivergedError: training diverged, and rolling back has not helped or is not possible.
-            OSError: the last checkpoint cannot be written; an earlier one that fails is a warning.
+            OSError: the last checkpoint or evaluation cannot be written; an earlier one that fails is a warning.
             StopSignal: by a signal, at the end of a step, which is saved.
         """
         self.run, self.metadata, self.report = run, metadata | self.extensions.metadata(), report
@@ -250,6 +251,8 @@ class Trainer:
         latest = self.checkpoints.latest
         if early:
             signals.raise_if_stopped(self.step, latest.directory if latest else None)
+        if self.evaluator.error is not None:
+            raise DiskError(self.evaluator.error)
         return TrainResult(self.step, self.means, latest, self.evaluator.latest, pruned=early)
 
     def resume_due_evaluations(self) -> None:
@@ -359,7 +362,7 @@ class Trainer:
             )
             self.checkpoints.on_saved = self.on_saved
             self.inputs = enter(closing(self.loader.iter_batches(self.sampler, self.config.batch_size)))
-            enter(signals.defer())
+            enter(signals.defer("finishing this step, then saving it; Ctrl-C again leaves without that"))
             # What a step needs. It may hold on to the parameters, as a CUDA graph does.
             self.guard = NanGuard(self.config.train, self.components, self.state, self.options.loss)
             self.train_step = TrainStep(

@@ -10,7 +10,7 @@ import pytest
 
 import pusht_act
 from pusht_act.checkpoints.manifest import find_corruption
-from pusht_act.checkpoints.retention import prune, remove_temp_files, resolve_symlink, set_symlink
+from pusht_act.checkpoints.retention import prune, remove_temp_files, resolve_pointer, set_pointer
 from pusht_act.config.schema import CheckpointsConfig
 from pusht_act.job import Result
 from pusht_act.runs.run_dir import RunDir
@@ -23,9 +23,9 @@ def fake(path: Path, *steps: int, last: int, best: int | None = None) -> RunDir:
     run = RunDir(path)
     for step in steps:
         (run.checkpoints / f"{step:06d}" / "pretrained_model").mkdir(parents=True)
-    set_symlink(run, "last", f"{last:06d}")
+    set_pointer(run, "last", f"{last:06d}")
     if best is not None:
-        set_symlink(run, "best", f"{best:06d}")
+        set_pointer(run, "best", f"{best:06d}")
     return run
 
 
@@ -58,7 +58,7 @@ def test_nothing_goes_where_last_points_nowhere(tmp_path: Path) -> None:
         (run.path / "elsewhere").mkdir()
         if target is not None:
             (run.checkpoints / "last").symlink_to(target)
-        assert resolve_symlink(run, "last") is None
+        assert resolve_pointer(run, "last") is None
         prune(run, CheckpointsConfig(1, 0))
         assert steps_of(run) == [10, 20]
 
@@ -107,7 +107,7 @@ def test_a_link_always_points_somewhere(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for name in ("000001", "000002"):
         (run.checkpoints / name).mkdir(parents=True)
-        set_symlink(run, "last", name)
+        set_pointer(run, "last", name)
         assert (run.checkpoints / "last").resolve().name == name
 
 
@@ -126,7 +126,7 @@ def test_a_run_keeps_what_it_is_told_to(tiny: Tiny) -> None:
 def test_the_best_stays_also_where_no_save_was_due(tiny: Tiny) -> None:
     options = ("eval_freq=1", "save_freq=2", "env.episode_length=40", "policy.optimizer_lr=1e-2")
     run = RunDir(tiny("steps=8", *options, "checkpoints.keep_last=1").output_dir)
-    best, last = resolve_symlink(run, "best"), resolve_symlink(run, "last")
+    best, last = resolve_pointer(run, "best"), resolve_pointer(run, "last")
     assert best is not None
     assert last is not None
     assert steps_of(run) == sorted({int(best.name), 8})

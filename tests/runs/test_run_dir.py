@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from pusht_act.checkpoints.checkpoint import Checkpoint, find_checkpoint, last_checkpoint
 from pusht_act.runs import provenance
-from pusht_act.runs.provenance import command_line, package_versions, write_provenance
+from pusht_act.runs.commands import record_command
+from pusht_act.runs.provenance import package_versions, write_provenance
 from pusht_act.runs.run_dir import RunDir, ensure_unused, move_aside
 
 
@@ -42,7 +43,11 @@ def test_an_absent_or_empty_directory_may_be_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "remedy"),
-    [("run", "continue it with mode=resume, give another"), ("folder", "give another"), ("file", "give another")],
+    [
+        ("run", "continue it with `pusht-act mode=resume output_dir=.* steps=2`, give another"),
+        ("folder", "give another"),
+        ("file", "give another"),
+    ],
 )
 def test_a_directory_in_use_is_refused_unless_it_may_be_moved(kind: str, remedy: str, tmp_path: Path) -> None:
     path = tmp_path / "run"
@@ -173,7 +178,7 @@ def test_versions_hold_what_a_result_depends_on() -> None:
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))))
 def test_the_recorded_command_can_be_pasted_into_a_shell(overrides: list[str]) -> None:
-    assert shlex.split(command_line(overrides)) == ["pusht-act", *overrides]
+    assert shlex.split(record_command(overrides)) == ["pusht-act", *overrides]
 
 
 def git(folder: Path, *arguments: str) -> str:
