@@ -221,8 +221,9 @@ def ensure_unused(path: Path, overwrite: bool, remedy: str | None = None) -> Non
     if _in_use(path) and not overwrite:
         if remedy is None and (steps := RunDir(path).finished_steps()) is not None:
             raise FileExistsError(
-                f"output_dir={path} holds a finished run of {steps} steps: train it further with mode=resume and more "
-                "steps=, give another job_name= or output_dir=, or move it aside with overwrite=true"
+                f"output_dir={path} holds a finished run of {steps} steps: train it further with "
+                f"`{RunDir(path).continue_command()}`, give another job_name= or output_dir=, or move it aside with "
+                "overwrite=true"
             )
         remedy = _remedy(RunDir(path)) if remedy is None else f": {remedy}"
         raise FileExistsError(f"output_dir={path} is in use{remedy}, or move it aside with overwrite=true")

@@ -59,8 +59,7 @@ def partition_resources(launcher: DictConfig, jobs: int) -> None:
 
 def _watch_from_the_start() -> None:
     """Let each worker of joblib's watch this launcher before it asks for a job, which it may never get."""
-    from joblib import register_parallel_backend
-    from joblib._parallel_backends import LokyBackend
+    from joblib.parallel import LokyBackend, register_parallel_backend
 
     class WatchingBackend(LokyBackend):  # type: ignore[misc]
         def configure(self, *args: Any, **kwargs: Any) -> int:

@@ -106,7 +106,9 @@ def test_the_working_directory_is_never_moved_aside(in_tmp: Path) -> None:
 
 
 def test_a_finished_run_is_called_so(trained: Path, in_tmp: Path) -> None:
-    assert f"output_dir={trained} holds a finished run of 4 steps" in line(*TINY, f"output_dir={trained}")
+    said = line(*TINY, f"output_dir={trained}")
+    assert f"output_dir={trained} holds a finished run of 4 steps: train it further with `pusht-act mode=resume" in said
+    assert f"output_dir={trained} steps=8`" in said
     assert f"output_dir={trained} holds a finished run" not in line(*TINY, f"output_dir={trained}", "overwrite=x")
 
 

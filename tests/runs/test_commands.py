@@ -44,7 +44,7 @@ def test_what_cannot_be_read_is_answered_with_what_can() -> None:
     ):
         compose("config", ["output_dir=ünder way"])
     said = explain(error.value, CONFIG_DIR)
-    assert said.endswith(f"such as {shlex.quote(override('output_dir', 'ünder way'))}")
+    assert said.endswith(f"give {shlex.quote(override('output_dir', 'ünder way'))}")
 
 
 @pytest.fixture

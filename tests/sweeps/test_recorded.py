@@ -73,7 +73,7 @@ def test_a_job_whose_file_is_torn_is_resumed(content: str, tmp_path: Path, caplo
     with initialize_config_dir(version_base="1.3", config_dir=CONFIG_DIR):
         cfg = compose("config", ["mode=test", "env=pusht_keypoints"])
     node = OmegaConf.create({"sweep": {"dir": str(tmp_path)}, "job": {"num": 0}, "overrides": {"task": ["mode=test"]},
-                             "runtime": {"output_dir": str(tmp_path / "0")}})  # fmt: skip
+                             "runtime": {"output_dir": str(tmp_path / "0"), "cwd": str(tmp_path)}})  # fmt: skip
     resumed = []
     run_sweep_job(cfg, node, lambda cfg, _: resumed.append(cfg.resume.auto) or Result(tmp_path), str)  # type: ignore[func-returns-value]
     assert resumed == [True], "a run that is finished returns its result"
