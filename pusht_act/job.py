@@ -142,7 +142,7 @@ def run_worker(extensions: Extensions | None = None) -> Result:
 
 def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensions, overrides: list[str]) -> "Trainer":
     """Build the trainer on every rank; the first import of torch and lerobot."""
-    _import("pusht_act.training.build")
+    _import("pusht_act.config.lerobot", "pusht_act.training.build")
     from pusht_act.config.lerobot import decode
     from pusht_act.training.build import build_trainer
 
@@ -152,7 +152,10 @@ def _build_trainer(config: Config, start: Checkpoint | None, extensions: Extensi
 
 
 def _import(*modules: str) -> None:
-    """Import what takes seconds. A signal waits for it: raised from within torch's compiled code it would abort."""
+    """Import what takes seconds, `config.lerobot` first (see there).
+
+    A signal waits for it: raised from within torch's compiled code it would abort.
+    """
     with signals.defer("importing torch first"):
         for module in modules:
             importlib.import_module(module)
@@ -173,7 +176,7 @@ def _train(job: ResolvedJob) -> Result:
         ensure_unused(run.path, config.overwrite)
 
     # From here on the other ranks take part (see run_worker).
-    _import("pusht_act.training.build")
+    _import("pusht_act.config.lerobot", "pusht_act.training.build")
     from pusht_act.training.automatic import resolve_automatic
 
     job = dataclasses.replace(job, config=resolve_automatic(config, start))
@@ -341,7 +344,7 @@ def _run_evaluation(job: ResolvedJob, checkpoint: Checkpoint, record: "Record") 
     config = job.config
     # The environments' processes start while torch is imported here.
     with make_vector_envs(config.eval) as envs:
-        _import("pusht_act.evaluation.evaluate", "pusht_act.policy.act")
+        _import("pusht_act.config.lerobot", "pusht_act.evaluation.evaluate", "pusht_act.policy.act")
         from pusht_act.config.lerobot import check_observations, decode_env, decode_policy
         from pusht_act.evaluation.evaluate import evaluate
         from pusht_act.evaluation.rollout import Actor

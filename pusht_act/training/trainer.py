@@ -362,7 +362,9 @@ class Trainer:
             )
             self.checkpoints.on_saved = self.on_saved
             self.inputs = enter(closing(self.loader.iter_batches(self.sampler, self.config.batch_size)))
-            enter(signals.defer("finishing this step, then saving it; Ctrl-C again leaves without that"))
+            # Rank 0 logs for all.
+            until = "finishing this step, then saving it; Ctrl-C again leaves without that"
+            enter(signals.defer(until if is_main() else ""))
             # What a step needs. It may hold on to the parameters, as a CUDA graph does.
             self.guard = NanGuard(self.config.train, self.components, self.state, self.options.loss)
             self.train_step = TrainStep(
