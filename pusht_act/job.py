@@ -234,7 +234,8 @@ def _print_how_to_resume(stopped: StopSignal, job: ResolvedJob) -> None:
     config, run, overrides = job.config, job.run, job.overrides
     stopped.reported = True
     if stopped.checkpoint is None:
-        log.warning("%s, no checkpoint was written", stopped)
+        remedy = describe_restart(config, run) if config.save_checkpoint else "no checkpoint was written"
+        log.warning("%s; %s", stopped, remedy)
         return
     again = ["mode=resume", override("output_dir", str(run.path)), f"steps={config.steps}"]
     if is_finished(Checkpoint(stopped.checkpoint / MODEL_DIR), config):

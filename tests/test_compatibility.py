@@ -23,7 +23,13 @@ RENAMED_KEYS: dict[str, str] = {"demos.starts": "demos.initial_states", "demos.m
 REMOVED_KEYS: set[str] = {"dagger"}
 """Those of then, by their old names, that there are no more, or whole sections."""
 ADDED_KEYS: set[str] = {
-    *("train.backbone_norm", "train.random_shift", "train.state_noise", "train.chunk_discount"),
+    *(
+        "train.backbone_norm",
+        "train.freeze_backbone_at",
+        "train.random_shift",
+        "train.state_noise",
+        "train.chunk_discount",
+    ),
     *("wandb.name", "wandb.group", "wandb.tags", "wandb.add_tags", "wandb.run_id", "wandb.disable_artifact"),
     *("ema", "rename_map", "dataset.observations", "dataset.allow_change"),
 }

@@ -11,7 +11,13 @@ import yaml
 from pusht_act.config.schema import AUTO, EMBEDDED_REPO_ID, OUR_DATASET_KEYS, Config, Mode
 from pusht_act.runtime.errors import UserError
 
-NO_EQUIVALENT = {"mirror": 0.0, "random_shift": 0, "state_noise": 0.0, "chunk_discount": 1.0}
+NO_EQUIVALENT = {
+    "freeze_backbone_at": None,
+    "mirror": 0.0,
+    "random_shift": 0,
+    "state_noise": 0.0,
+    "chunk_discount": 1.0,
+}
 """Options of `train` that stock does not have, and the value that means without."""
 WANDB_FIELDS = ("project", "entity", "mode", "notes", "run_id", "add_tags", "disable_artifact")
 RESTORED = ("policy.optimizer_lr", "policy.optimizer_lr_backbone", "policy.optimizer_weight_decay")

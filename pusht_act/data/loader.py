@@ -83,6 +83,18 @@ class BatchLoader:
         # A copy to a GPU is asynchronous only from pinned memory.
         self._pinned = device.startswith("cuda")
 
+    @property
+    def n_frames(self) -> int:
+        """How many frames there are, held-out ones included."""
+        return len(self._last_frame)
+
+    def with_features(self, features: dict[str, Tensor]) -> "BatchLoader":
+        """Return a loader of the same samples with `features`, [N, ...] by key, in place of the images."""
+        loader = copy.copy(self)
+        loader._images, loader._on_host = [], {}
+        loader._arrays = {key: array for key, array in self._arrays.items() if key not in self._images} | features
+        return loader
+
     def iter_batches(self, order: EpisodeSampler, batch_size: int) -> Generator[BatchIndices]:
         """Yield what `gather` makes batch after batch of, in the sampler's `order`: this rank's shard of each.
 
@@ -113,7 +125,9 @@ class BatchLoader:
         last = self._last_frame[indices][:, None]
         rows = {key: array[indices] for key, array in self._arrays.items() if key != ACTION}
         rows |= {key: inputs[key] for key in self._on_host}
-        batch = {key: row.to(torch.float32) / 255.0 if key in self._images else row for key, row in rows.items()}
+        # Features of a frozen backbone (train.freeze_backbone_at) may be bf16.
+        rows = {key: row.to(torch.float32) for key, row in rows.items()}
+        batch = {key: row / 255.0 if key in self._images else row for key, row in rows.items()}
         batch[ACTION] = self._arrays[ACTION][torch.minimum(wanted, last)]
         batch["action_is_pad"] = wanted > last
         return batch

@@ -46,6 +46,11 @@ class EpisodeSampler:
         self._start_index += len(positions)
         return torch.from_numpy(self._indices[positions])
 
+    @property
+    def frames(self) -> Int64[Tensor, " N"]:
+        """The numbers of all frames that are sampled."""
+        return torch.from_numpy(self._indices)
+
     def draw(self, count: int, generator: torch.Generator) -> Int64[Tensor, " N"]:
         """Return up to `count` different frame numbers by `generator`, which leaves the order of training as it is."""
         return torch.from_numpy(self._indices[torch.randperm(len(self), generator=generator)[:count].numpy()])

@@ -17,6 +17,7 @@ from safetensors.torch import load_model
 from torch import Tensor
 
 from pusht_act.policy.batch_norm import use_batch_statistics
+from pusht_act.policy.frozen_backbone import FEATURES
 from pusht_act.policy.lerobot import (
     ACTION,
     OBS_IMAGES,
@@ -141,7 +142,8 @@ def act_loss(
 
     Args:
         policy: on the device of `batch`.
-        batch: images [B, 3, H, W], state [B, D], action [B, T, A], action_is_pad [B, T].
+        batch: images [B, 3, H, W], or features of them [B, C, h, w] (frozen_backbone.py), state [B, D], action
+            [B, T, A], action_is_pad [B, T].
         counts: `valid_counts` of the whole batch of which `batch` is a shard. The loss is then the shard's part of the
             whole's: those of all shards add up to it.
         action_loss: (predicted, target), both [B, T, A] -> the error of each element.
@@ -152,7 +154,9 @@ def act_loss(
     """
     inputs = dict(batch)
     if policy.config.image_features:
-        inputs[OBS_IMAGES] = [batch[key] for key in policy.config.image_features]  # type: ignore[assignment]
+        keys = policy.config.image_features
+        images = [batch[name] if (name := f"{key}{FEATURES}") in batch else batch[key] for key in keys]
+        inputs[OBS_IMAGES] = images  # type: ignore[assignment]
     actions_hat, (mu, log_sigma_x2) = policy.model(inputs)
 
     # A chunk that reaches past its episode's end is padded, which does not count.

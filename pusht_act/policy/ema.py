@@ -36,7 +36,10 @@ class EMA:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after optimizer step `step`, counted from 1."""
-        torch._foreach_lerp_(self._average, self._weights, 1 - self.decay(step))
+        # A frozen backbone is the same in both.
+        pairs = [(a, w) for a, w in zip(self._average, self._weights, strict=True) if w.requires_grad]
+        average, weights = zip(*pairs, strict=True)
+        torch._foreach_lerp_(average, weights, 1 - self.decay(step))
 
     def decay(self, step: int) -> float:
         """Return the weight of the average so far at `step`; 0: the average is the weights themselves."""

@@ -16,6 +16,7 @@ from pusht_act.data.cache import FrameDataset
 from pusht_act.data.lerobot import ACTION
 from pusht_act.data.loader import Batch
 from pusht_act.data.mirror import REFLECTIONS, STATE, check_mirror, reflect_image
+from pusht_act.policy.frozen_backbone import FEATURES, MIRRORED
 from pusht_act.runtime.errors import UserError
 from pusht_act.training.extensions import Transform
 
@@ -43,12 +44,16 @@ def build_augmentation(options: TrainConfig, frames: FrameDataset) -> list[Trans
 def mirror(batch: Batch, probability: float, images: list[str]) -> Batch:
     """Replace each sample by its mirror image with `probability` (data/mirror.py)."""
     reflections = {key: reflect for key, reflect in REFLECTIONS.items() if key in batch}
-    reflections |= {key: reflect_image for key in images}  # noqa: C420  (mypy takes the first function's type)
+    reflections |= {key: reflect_image for key in images if key in batch}
     action = batch[ACTION]
     chosen = torch.rand(len(action), device=action.device) < probability
+    pairs = {key: (batch[key], reflect(batch[key])) for key, reflect in reflections.items()}
+    # A frozen backbone's features are there of both (training/backbone_features.py).
+    features = [key for image in images if (key := f"{image}{FEATURES}") in batch]
+    pairs |= {key: (batch[key], batch[f"{key}{MIRRORED}"]) for key in features}
     return batch | {
-        key: torch.where(chosen.view(-1, *[1] * (batch[key].dim() - 1)), reflect(batch[key]), batch[key])
-        for key, reflect in reflections.items()
+        key: torch.where(chosen.view(-1, *[1] * (plain.dim() - 1)), mirrored, plain)
+        for key, (plain, mirrored) in pairs.items()
     }
 
 

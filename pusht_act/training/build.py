@@ -25,6 +25,7 @@ from pusht_act.runtime.distributed import (
 from pusht_act.runtime.seeding import seed_initialisation, seed_training_noise
 from pusht_act.training.async_evaluation import find_pending
 from pusht_act.training.augmentation import build_augmentation
+from pusht_act.training.backbone_features import check_freezing
 from pusht_act.training.extension_checks import check_extensions
 from pusht_act.training.extensions import Extensions, Transform
 from pusht_act.training.restore import build_components, check_compatible, load_components, restore_state
@@ -86,6 +87,8 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
         state = restore_state(config, lerobot, start, components, sampler)
 
     # The caller's loss and transforms are tried on a batch before anything is written.
+    if config.train.freeze_backbone_at is not None:
+        check_freezing(config.train, frames, extensions.transforms)
     loader = BatchLoader(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
     if extensions.metadata():
         rows = torch.arange(config.batch_size // world_size()) % len(sampler)

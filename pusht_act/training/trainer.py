@@ -22,8 +22,7 @@ from pusht_act.config.schema import Config
 from pusht_act.data.loader import Batch, BatchIndices, BatchLoader
 from pusht_act.data.sampler import EpisodeSampler
 from pusht_act.evaluation.records import Evaluation
-from pusht_act.policy.act import autocast
-from pusht_act.policy.batch_norm import live_norms, update_statistics
+from pusht_act.policy.batch_norm import live_norms
 from pusht_act.runs.loggers import LoggerCollection
 from pusht_act.runs.run_dir import RunDir
 from pusht_act.runtime.distributed import agree, broadcast_from_main, is_main, world_size
@@ -32,6 +31,7 @@ from pusht_act.runtime.malloc import keep_freed_memory
 from pusht_act.runtime.seeding import statistics_generator
 from pusht_act.runtime.signals import signals
 from pusht_act.training.async_evaluation import AsyncEvaluator, async_evaluator, find_pending, is_due
+from pusht_act.training.backbone_features import freeze
 from pusht_act.training.checkpoint_manager import CheckpointManager, checkpoint_manager
 from pusht_act.training.extensions import Extensions
 from pusht_act.training.metric_accumulator import MetricAccumulator
@@ -39,12 +39,11 @@ from pusht_act.training.nan_guard import DivergedError, NanGuard
 from pusht_act.training.profiler import NullProfiler, StepProfiler, profiling
 from pusht_act.training.progress import ProgressBar
 from pusht_act.training.restore import load_components, restore_state, rollback_target
-from pusht_act.training.train_step import Loss, Losses, StepOptions, TrainStep, build_graph_backend
+from pusht_act.training.train_step import Losses, StepOptions, TrainStep, build_graph_backend
+from pusht_act.training.validation import NORM_FRAMES, update_norms, validation_loss
 
 log = logging.getLogger(__name__)
 
-NORM_FRAMES = 1536
-"""Frames of the training data from which batch norm's statistics are computed."""
 Report = Callable[[int, dict[str, float]], bool]
 """Takes a step and the metrics of its evaluation; returns whether to prune the run."""
 
@@ -87,6 +86,8 @@ class Trainer:
     train_step: TrainStep = field(init=False)
     metrics: MetricAccumulator = field(init=False)
     progress: ProgressBar = field(init=False)
+    is_frozen: bool = field(init=False, default=False)
+    """Whether the backbone learns no more."""
     _norms_at: int = field(init=False, default=0)
     """The step whose weights the norms' statistics are those of."""
 
@@ -111,13 +112,15 @@ class Trainer:
             while True:
                 try:
                     with self._open_managers():
-                        return self._fit()
+                        if (result := self._fit()) is not None:
+                            return result
                 except DivergedError as error:
                     self.roll_back(error)
 
-    def _fit(self) -> TrainResult:
+    def _fit(self) -> TrainResult | None:
+        """Train to the last step, or to the one after which the backbone is frozen; None: there are more."""
         self.resume_due_evaluations()
-        steps = range(self.state.step + 1, self.config.steps + 1)
+        steps = range(self.state.step + 1, self.next_end + 1)
         for self.step in steps:
             batch = self.next_batch()
             # Forward, backward, all-reduce, clip, AdamW, schedule.
@@ -144,7 +147,7 @@ class Trainer:
             self.profiler.step()
             if ends:
                 return self.finish(early=True)
-        return self.finish()
+        return self.finish() if self.next_end == self.config.steps else self.pause()
 
     def next_batch(self) -> Batch:
         """Gather, transform and normalize this rank's shard of the next batch."""
@@ -213,23 +216,21 @@ class Trainer:
     def update_norms(self) -> None:
         """Make the statistics of live batch norms exact for the weights of this step, on rank 0, which alone uses them.
 
-        They are those of NORM_FRAMES training frames without transforms, which evaluation does not have either.
+        They are those of training frames without transforms, which evaluation does not have either.
         """
-        if self._norms_at == self.step or not live_norms(self.components.policy):
+        if self._norms_at == self.step or self.is_frozen or not live_norms(self.components.policy):
             return
         self._norms_at = self.step
         frames = self.sampler.draw(NORM_FRAMES, statistics_generator(self.config.seed, self.step))
-        parts, pre = torch.split(frames, self.config.batch_size), self.components.processors.pre
-        # The average of the weights has activations of its own.
-        for policy in self.components.policies.values():
-            with self.profiler.phase("norms"), autocast(policy):
-                update_statistics(policy, (pre(self.loader.batch(part)) for part in parts))
+        with self.profiler.phase("norms"):
+            update_norms(self.components, self.loader, frames, self.config.batch_size)
 
     def wants_checkpoint(self) -> bool:
         """Return whether this rank asks for a checkpoint of this step."""
         # SLURM may ask for a checkpoint without stopping the job.
         signalled = signals.pop_checkpoint_request()
-        return signalled or self.checkpoints.is_wanted(self.step)
+        freezes = self.step == self.config.train.freeze_backbone_at
+        return signalled or freezes or self.checkpoints.is_wanted(self.step)
 
     def save(self, batch: Batch | None = None) -> None:
         """Save a checkpoint of this step, if it is finite."""
@@ -241,9 +242,13 @@ class Trainer:
             if is_main():
                 self.update_norms()
             with self.profiler.phase("saving"):
-                self.state.step, self.state.sampler = self.step, self.sampler.state_dict()
-                self.state.window, self.state.elapsed_s = self.metrics.sums(), self.elapsed_s
+                self.update_state()
                 self.checkpoints.submit()
+
+    def update_state(self) -> None:
+        """Note where the loop is."""
+        self.state.step, self.state.sampler = self.step, self.sampler.state_dict()
+        self.state.window, self.state.elapsed_s = self.metrics.sums(), self.elapsed_s
 
     def finish(self, early: bool = False) -> TrainResult:
         """Wait for the last checkpoint and return the result, or raise the signal that stopped the run."""
@@ -254,6 +259,30 @@ class Trainer:
         if self.evaluator.error is not None:
             raise DiskError(self.evaluator.error)
         return TrainResult(self.step, self.means, latest, self.evaluator.latest, pruned=early)
+
+    def pause(self) -> TrainResult | None:
+        """Finish what works beside the loop, which the backbone's freezing needs to be opened anew."""
+        self.evaluator.poll(wait=True)
+        self.checkpoints.wait()
+        self.start, self.pending_models = self.checkpoints.latest or self.start, {}
+        if is_main():
+            self.update_norms()
+        self.update_state()
+        return None
+
+    def open_loader(self) -> BatchLoader:
+        """Return the loader of the training batches: of features, once the backbone is frozen."""
+        at = self.config.train.freeze_backbone_at
+        self.is_frozen = at is not None and self.state.step >= at
+        if not self.is_frozen:
+            return self.loader
+        return freeze(self.components, self.loader, self.sampler.frames, self.config.train)
+
+    @property
+    def next_end(self) -> int:
+        """The last step, or the one after which the backbone is frozen."""
+        last, at = self.config.steps, self.config.train.freeze_backbone_at
+        return last if at is None or self.is_frozen else min(at, last)
 
     def resume_due_evaluations(self) -> None:
         """Evaluate what was due and not done when the run was stopped; save the last step, if that was all."""
@@ -348,7 +377,7 @@ class Trainer:
             self.state.wandb_run_id = self.loggers.wandb_run_id
         self.metrics, self.means, self._pruned = MetricAccumulator(self.state.window), {}, False
         self._norms_at = self.state.step
-        device = str(self.lerobot.policy.device)
+        device, loader = str(self.lerobot.policy.device), self.open_loader()
         with ExitStack() as stack:
             enter = stack.enter_context
             # What has to be closed. The evaluator is opened before the checkpoints, which are then finished first.
@@ -361,7 +390,7 @@ class Trainer:
                 checkpoint_manager(self.config, self.lerobot, self.run, self.components, self.state, self.metadata)
             )
             self.checkpoints.on_saved = self.on_saved
-            self.inputs = enter(closing(self.loader.iter_batches(self.sampler, self.config.batch_size)))
+            self.inputs = enter(closing(loader.iter_batches(self.sampler, self.config.batch_size)))
             # Rank 0 logs for all.
             until = "finishing this step, then saving it; Ctrl-C again leaves without that"
             enter(signals.defer(until if is_main() else ""))
@@ -369,20 +398,9 @@ class Trainer:
             self.guard = NanGuard(self.config.train, self.components, self.state, self.options.loss)
             self.train_step = TrainStep(
                 self.components,
-                self.loader,
+                loader,
                 self.config.batch_size // world_size(),
                 replace(self.options, phase=self.profiler.phase),
                 build_graph_backend(self.config.train, torch.device(device)),
             )
             yield
-
-
-def validation_loss(
-    components: TrainComponents, loader: BatchLoader, indices: Tensor, batch_size: int, loss: Loss
-) -> float:
-    """Return the mean loss over frames `indices` in eval mode: no KL term, batch by batch as stock LeRobot takes it."""
-    policy, pre = components.policy.eval(), components.processors.pre
-    with torch.inference_mode(), autocast(policy):
-        losses = [loss(policy, pre(loader.batch(part)))[0] for part in torch.split(indices, batch_size)]
-    policy.train()
-    return float(torch.stack(losses).mean())
