@@ -69,7 +69,7 @@ def statistics_with_mirror_images(frames: FrameDataset) -> dict[str, dict[str, A
     statistics = dict(frames.stats)
     for key, reflect in REFLECTIONS.items():
         if key in frames.arrays:
-            array = torch.from_numpy(frames.arrays[key][:]).double()
+            array = torch.from_numpy(frames.arrays[key].astype(np.float64))
             both = torch.cat([array, reflect(array)]).numpy()
             statistics[key] = {name: _statistic(name, both) for name in frames.stats[key]}
     return statistics

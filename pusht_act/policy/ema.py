@@ -25,7 +25,8 @@ class EMA:
     """
 
     def __init__(self, policy: ACTPolicy, config: EmaConfig) -> None:
-        self.policy = copy.deepcopy(policy).eval().requires_grad_(False)
+        # Its parameters ask for gradients, as loaded ones do: PyTorch's attention rounds otherwise where none does.
+        self.policy = copy.deepcopy(policy).eval()
         """A policy with the average weights. Batch norms of its backbone have statistics of their own."""
         self.is_evaluated = config.use_for_eval
         """Whether evaluations run the average."""

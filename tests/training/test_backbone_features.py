@@ -75,6 +75,9 @@ def test_a_backbone_that_is_frozen_stays_and_the_run_resumes_to_the_same_bits(ru
         assert_same_bits(whole, branch)
         for prefix in ("train/", "eval/loss"):
             assert metrics(branch, prefix) == [line for line in metrics(whole, prefix) if line["step"] > step]
+        # The evaluation of step 6 was under way when that step was saved, and is done again from the saved average.
+        again = metrics(branch, "eval/pc_success")
+        assert again == metrics(whole, "eval/pc_success")[-len(again) :]
     assert not [*cache_root().glob("features-*")], "nothing is left in the cache"
 
 
