@@ -9,6 +9,7 @@ A file has no name: it is gone when the run ends, however it ends. A resume comp
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from pusht_act.training.extensions import Transform
 log = logging.getLogger(__name__)
 
 View = Callable[[Tensor], Tensor]
+REPORT_S = 60.0
+"""Seconds between two lines that say how far the features are, where there is no terminal for a bar."""
 PART = 64
 """Frames whose features are computed at a time; a constant, since a convolution may round by it."""
 
@@ -109,12 +112,17 @@ def _fill(features: Tensor, policy: ACTPolicy, images: Iterator[tuple[Tensor, Te
 
 
 def _with_bar(indices: Int64[Tensor, " N"]) -> Iterator[Int64[Tensor, " B"]]:
-    """Yield `indices` in parts, with a bar on a terminal; a signal is acted upon between two."""
+    """Yield `indices` in parts, with a bar on a terminal and lines elsewhere; a signal is acted upon between two."""
+    done, said = 0, time.monotonic()
     with tqdm(total=len(indices), desc="features", unit="frame", disable=None if is_main() else True) as bar:
         for part in torch.split(indices, PART):
             with signals.defer():
                 yield part
             bar.update(len(part))
+            done += len(part)
+            if bar.disable and is_main() and time.monotonic() - said > REPORT_S:
+                said = time.monotonic()
+                log.info("features: %d of %d frames", done, len(indices))
 
 
 def _allocate(policy: ACTPolicy, key: str, n_frames: int, precision: str | None) -> Tensor:
