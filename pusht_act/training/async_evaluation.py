@@ -198,6 +198,7 @@ class AsyncEvaluator:
             "origin": "training",
             "checkpoint": str(Checkpoint(saved / self.components.evaluated).path),
             "options": [],
+            "command": (self.run.last_start() or {}).get("command"),
         }
         identity = identify(model, values, str(policy.config.device), self.config.env, options)
         record, actor = Record(self.run, step, identity, info), Actor(policy, self.processors)

@@ -59,6 +59,8 @@ def test_another_option_is_another_record(run: Path) -> None:
     assert [line["folder"] for line in listed[1:]] == [one.output_dir.name, *(path.name for path in others)]
     assert listed[2]["options"] == ["policy.n_action_steps=4"]
     assert {"identity", "step", "start_seed", "n_episodes", "pc_success", "avg_max_reward", "date"} <= listed[0].keys()
+    in_training = json.loads((run / "eval" / listed[0]["folder"] / "metrics.json").read_text())
+    assert in_training["command"] == lines(run / "runs.jsonl")[0]["command"]
 
 
 def test_the_same_again_is_read_and_printed(
