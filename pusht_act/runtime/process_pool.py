@@ -13,6 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 
 from pusht_act.runtime.errors import UserError
@@ -23,6 +24,20 @@ GUARD = 'a script has to call pusht_act.run below `if __name__ == "__main__":`, 
 """What a script without a guard has to do."""
 PREFETCH_ITEMS = 2
 """How many items for each worker are submitted ahead of the caller: the images of thousands would fill the memory."""
+
+
+class _Worker(SpawnProcess):
+    """A worker that can be ended although it blocks SIGTERM: the pool terminates the others when one is killed."""
+
+    def terminate(self) -> None:
+        """Kill the process."""
+        self.kill()
+
+
+class _WorkerContext(SpawnContext):
+    """Starts workers by spawning: the caller may have threads or use a GPU, which do not survive a fork."""
+
+    Process = _Worker
 
 
 @contextmanager
@@ -39,8 +54,6 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
         OSError: a worker was killed.
         UserError: a worker could not start, since it runs the caller's script again.
     """
-    # spawn: the caller may have threads or use a GPU, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
     pool: ProcessPoolExecutor | None = None
     # Where it starts, this unblocks signals, as those of the workers must not be.
     with signals.block():
@@ -49,7 +62,7 @@ def worker_processes(count: int, remedy: str) -> Iterator[ProcessPoolExecutor]:
         # A signal in the middle of this would leave a half-started process behind. The first submission starts the
         # pool's thread and its first worker; `signals.submit` blocks signals for the others.
         with signals.block():
-            pool = ProcessPoolExecutor(count, context, _tie_to_parent)
+            pool = ProcessPoolExecutor(count, _WorkerContext(), _tie_to_parent)
             pool.submit(int)
         yield pool
     except BaseException as error:

@@ -194,7 +194,7 @@ class AsyncEvaluator:
         options = self.config.eval
         model, values = digest_model(policy, self.processors)
         saved = self.run.checkpoints / step_name(step, self.config.steps)
-        info = {
+        info: dict[str, Any] = {
             "origin": "training",
             "checkpoint": str(Checkpoint(saved / self.components.evaluated).path),
             "options": [],

@@ -50,6 +50,24 @@ def test_a_killed_process_is_an_error_that_says_what_to_do() -> None:
     assert not multiprocessing.active_children()
 
 
+def test_a_killed_process_ends_those_that_are_at_work() -> None:
+    """Also while the caller submits more: the pool's thread holds a lock until all processes have ended."""
+
+    def submit() -> None:
+        with worker_processes(2, "try again") as pool:
+            signals.submit(pool, time.sleep, 600)
+            signals.submit(pool, killed, 3)
+            while True:
+                signals.submit(pool, int)
+                time.sleep(0.01)
+
+    began = time.monotonic()
+    with pytest.raises(OSError, match="a worker process was killed"):
+        submit()
+    assert time.monotonic() - began < 60
+    assert not multiprocessing.active_children()
+
+
 def test_processes_end_with_the_caller_who_has_enough() -> None:
     with closing(imap(doubled, range(9), 2, "")) as results:
         assert next(results) == 0
