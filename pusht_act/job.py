@@ -38,7 +38,8 @@ from pusht_act.training.extensions import Extensions
 
 if TYPE_CHECKING:
     from pusht_act.evaluation.records import Evaluation, Record
-    from pusht_act.training.trainer import Report, Trainer, TrainResult
+    from pusht_act.training.result import Report, TrainResult
+    from pusht_act.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

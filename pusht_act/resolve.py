@@ -31,7 +31,7 @@ from pusht_act.runtime.lock import Lock, locked
 from pusht_act.training.extensions import Extensions
 
 if TYPE_CHECKING:
-    from pusht_act.training.trainer import Report
+    from pusht_act.training.result import Report
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,7 @@ class ResumeConfig:
     """What training resumes from."""
 
     path: str | None = option(None, modes=(Mode.resume,))
-    """mode=resume: a checkpoint, `.../checkpoints/005000`, its `pretrained_model` or a run directory; null: `last` of
-    output_dir."""
+    """mode=resume: a checkpoint, `.../checkpoints/005000`, its `pretrained_model` or a run; null: output_dir's last."""
     auto: bool = option(modes=TRAIN_MODES, instead="mode=resume always continues")
     """mode=test and mode=full: resume from the latest valid checkpoint in output_dir if it is of the same
     configuration, and start afresh if there is none. The same command can then be given until the run is done."""
@@ -89,8 +88,7 @@ class StatusConfig:
     """`mode=status`: a table of the jobs of a sweep, or of one run (see sweeps/status.py)."""
 
     every: float = option(ge=0)
-    """Seconds between two updates on a terminal, until all jobs have ended. 0, and anything but a terminal: print
-    once."""
+    """Seconds between two updates on a terminal, until all jobs have ended. 0 and anything but a terminal: once."""
 
 
 @dataclass
@@ -120,17 +118,15 @@ class TrainConfig:
     precision: str | None = option(choices=("fp32", "bf16", AUTO))
     """Precision of training: fp32 (on a GPU with TF32 matrix products, as in stock LeRobot) or bf16 (autocast; weights
     and AdamW stay fp32). auto: bf16 where the device has it in hardware, else fp32; the run keeps what was chosen.
-    null: bf16 with policy.use_amp=true, else fp32. Evaluations use policy.use_amp alone, which a
-    checkpoint keeps, so that mode=eval repeats them."""
+    null: bf16 with policy.use_amp=true, else fp32. Evaluations use policy.use_amp alone: mode=eval repeats them."""
     backbone_norm: str | None = option(choices=("batch", "frozen"))
     """Norm layers of the image backbone. frozen: LeRobot's, whose statistics never change; they fit ImageNet's weights.
     batch: batch norm, which random weights need to learn at all; its statistics are made exact over 1,536 training
     frames before each evaluation and save, and a checkpoint holds them as frozen layers, which stock LeRobot reads.
     null: batch for random weights, frozen for ImageNet's, what it was trained with for a checkpoint."""
     freeze_backbone_at: int | None = option(ge=1)
-    """Step after which the image backbone learns no more. Its features of all training frames, and of their mirror
-    images with train.mirror, are then computed once and take the place of the images: a step on a CPU is some 40 times
-    shorter. With ema.enable it is the average's backbone. A checkpoint of that step is saved. null: never."""
+    """Step that is saved, and after which the image backbone (with ema.enable the average's) learns no more: features
+    of all training frames are computed once and take the place of images, which is 10 times faster. null: never."""
     mirror: float = option(ge=0, le=1)
     """Probability with which a training sample is replaced by its mirror image, the reflection across the goal's axis.
     Statistics are then those of the samples and their mirror images. Of the 2,000 built-in demonstrations, 64 do not

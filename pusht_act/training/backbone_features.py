@@ -46,6 +46,8 @@ def check_freezing(options: TrainConfig, frames: FrameDataset, transforms: Seque
     Raises:
         UserError: naming it.
     """
+    if options.freeze_backbone_at is None:
+        return
     at = f"train.freeze_backbone_at={options.freeze_backbone_at}"
     if not frames.image_keys:
         raise UserError(f"{at}: {frames.repo_id} has no images, leave it out")

@@ -10,6 +10,7 @@ from pusht_act.checkpoints.checkpoint_io import TrainComponents
 from pusht_act.checkpoints.state import TrainerState
 from pusht_act.config.lerobot import LeRobotConfig
 from pusht_act.config.schema import Config
+from pusht_act.data.cache import FrameDataset
 from pusht_act.data.loader import BatchLoader
 from pusht_act.data.open_dataset import normalization_stats, open_dataset, policy_features, split_episodes
 from pusht_act.data.sampler import EpisodeSampler
@@ -27,7 +28,7 @@ from pusht_act.training.async_evaluation import find_pending
 from pusht_act.training.augmentation import build_augmentation
 from pusht_act.training.backbone_features import check_freezing
 from pusht_act.training.extension_checks import check_extensions
-from pusht_act.training.extensions import Extensions, Transform
+from pusht_act.training.extensions import Extensions
 from pusht_act.training.restore import build_components, check_compatible, load_components, restore_state
 from pusht_act.training.train_step import StepOptions, bind_loss, compile_loss
 from pusht_act.training.trainer import Trainer
@@ -87,8 +88,6 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
         state = restore_state(config, lerobot, start, components, sampler)
 
     # The caller's loss and transforms are tried on a batch before anything is written.
-    if config.train.freeze_backbone_at is not None:
-        check_freezing(config.train, frames, extensions.transforms)
     loader = BatchLoader(frames, lerobot.policy.chunk_size, str(lerobot.policy.device))
     if extensions.metadata():
         rows = torch.arange(config.batch_size // world_size()) % len(sampler)
@@ -103,7 +102,7 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
         sampler=sampler,
         held_out=torch.cat(held_out) if held_out else torch.empty(0, dtype=torch.long),
         extensions=extensions,
-        options=_step_options(config, lerobot, extensions, build_augmentation(config.train, frames)),
+        options=_step_options(config, lerobot, extensions, frames),
         start=start,
         pending_models=find_pending(start, state, config) if start is not None else {},
     )
@@ -120,10 +119,10 @@ def _build(config: Config, lerobot: LeRobotConfig, start: Checkpoint | None, ext
     return trainer
 
 
-def _step_options(
-    config: Config, lerobot: LeRobotConfig, extensions: Extensions, augmentation: list[Transform]
-) -> StepOptions:
-    """Choose how a step is taken; refuse what this machine does not have before a run directory is touched."""
+def _step_options(config: Config, lerobot: LeRobotConfig, extensions: Extensions, frames: FrameDataset) -> StepOptions:
+    """Choose how a step is taken; refuse before anything is written what cannot be."""
+    check_freezing(config.train, frames, extensions.transforms)
+    augmentation = build_augmentation(config.train, frames)
     loss = bind_loss(extensions.loss, config.train.chunk_discount)
     return StepOptions(
         grad_clip_norm=lerobot.optimizer.grad_clip_norm,

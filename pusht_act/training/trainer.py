@@ -5,7 +5,7 @@ Every rank runs it. Rank 0 alone logs, evaluates and writes; at the end of each 
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,27 +39,11 @@ from pusht_act.training.nan_guard import DivergedError, NanGuard
 from pusht_act.training.profiler import NullProfiler, StepProfiler, profiling
 from pusht_act.training.progress import ProgressBar
 from pusht_act.training.restore import load_components, restore_state, rollback_target
+from pusht_act.training.result import Report, TrainResult
 from pusht_act.training.train_step import Losses, StepOptions, TrainStep, build_graph_backend
 from pusht_act.training.validation import NORM_FRAMES, update_norms, validation_loss
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[int, dict[str, float]], bool]
-"""Takes a step and the metrics of its evaluation; returns whether to prune the run."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run came to."""
-
-    step: int
-    metrics: dict[str, float]
-    """Means of the last steps."""
-    checkpoint: Checkpoint | None
-    evaluation: Evaluation | None
-    """The last one."""
-    pruned: bool = False
-    """Whether the pruner ended training before its last step."""
 
 
 @dataclass
@@ -105,7 +89,6 @@ class Trainer:
             StopSignal: by a signal, at the end of a step, which is saved.
         """
         self.run, self.metadata, self.report = run, metadata | self.extensions.metadata(), report
-        # A roll-back makes policy and optimizer anew, so all that holds on to them is opened again.
         keep_freed_memory()
         self._began = time.monotonic() - self.state.elapsed_s
         with self._open_loggers():
@@ -147,7 +130,10 @@ class Trainer:
             self.profiler.step()
             if ends:
                 return self.finish(early=True)
-        return self.finish() if self.next_end == self.config.steps else self.pause()
+        if self.next_end == self.config.steps:
+            return self.finish()
+        self.pause()
+        return None
 
     def next_batch(self) -> Batch:
         """Gather, transform and normalize this rank's shard of the next batch."""
@@ -260,15 +246,14 @@ class Trainer:
             raise DiskError(self.evaluator.error)
         return TrainResult(self.step, self.means, latest, self.evaluator.latest, pruned=early)
 
-    def pause(self) -> TrainResult | None:
-        """Finish what works beside the loop, which the backbone's freezing needs to be opened anew."""
+    def pause(self) -> None:
+        """Finish what works beside the loop: to freeze the backbone, all that holds on to it is opened anew."""
         self.evaluator.poll(wait=True)
         self.checkpoints.wait()
         self.start, self.pending_models = self.checkpoints.latest or self.start, {}
         if is_main():
             self.update_norms()
         self.update_state()
-        return None
 
     def open_loader(self) -> BatchLoader:
         """Return the loader of the training batches: of features, once the backbone is frozen."""
