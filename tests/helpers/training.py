@@ -1,6 +1,8 @@
 """Runs compared bit by bit, and the configuration of a small policy."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,10 @@ def metrics(run: Path, prefix: str = "train/") -> list[dict[str, Any]]:
 
 
 NORMALIZED = "+policy.normalization_mapping={VISUAL: MEAN_STD, STATE: MEAN_STD, ENV: MEAN_STD, ACTION: MEAN_STD}"
+
+
+def train_on_two_ranks(command: list[str]) -> None:
+    """Run `command` with torchrun in two processes; it has to succeed."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pusht_act.main"]
+    done = subprocess.run([sys.executable, *torchrun, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,5 @@
 """train.freeze_backbone_at: the same training as from images with a frozen backbone, exact on resume, over ranks."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from pusht_act.data.cache import cache_root
 from pusht_act.data.loader import Batch
 from pusht_act.job import Result
 from tests.helpers.runs import tiny_command
-from tests.helpers.training import assert_same_bits, metrics
+from tests.helpers.training import assert_same_bits, metrics, train_on_two_ranks
 
 IMAGES = ["env=pusht", "dataset=demos", "demos.n_episodes=2", "policy.dim_model=16", "policy.n_heads=2"]
 WITHOUT_NOISE = ["+policy.dropout=0.0", "+policy.use_vae=false"]
@@ -85,10 +83,7 @@ def test_a_backbone_that_is_frozen_stays_and_the_run_resumes_to_the_same_bits(ru
 def test_two_ranks_share_the_features_of_the_first(run: Run, tmp_path: Path) -> None:
     options = [*WITHOUT_NOISE, "batch_size=34", "steps=6", "train.freeze_backbone_at=3", "+optimizer.eps=1e-4"]
     one = run("one", *options).output_dir
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pusht_act.main"]
-    command = tiny_command(*IMAGES, *options, f"output_dir={tmp_path / 'two'}")
-    done = subprocess.run([sys.executable, *torchrun, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    train_on_two_ranks(tiny_command(*IMAGES, *options, f"output_dir={tmp_path / 'two'}"))
     for a, b in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
         assert a == pytest.approx(b, rel=3e-2)
 

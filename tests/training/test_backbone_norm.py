@@ -1,8 +1,6 @@
 """Training from images: batch norm by the command line, exact on resume, over ranks; what is decided by itself."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from pusht_act.policy.backbone_weights import available_weights
 from pusht_act.policy.torch_internals import cpu_has_bf16
 from pusht_act.sweeps.backbone_weights import decide_for_sweep
 from tests.helpers.runs import tiny_command
-from tests.helpers.training import assert_same_bits, metrics
+from tests.helpers.training import assert_same_bits, metrics, train_on_two_ranks
 
 IMAGES = ["env=pusht", "dataset=demos", "demos.n_episodes=2", "policy.dim_model=16", "policy.n_heads=2"]
 WITHOUT_NOISE = ["+policy.dropout=0.0", "+policy.use_vae=false"]
@@ -82,10 +80,7 @@ def test_two_ranks_normalize_by_the_batch_of_both(run: Run, tmp_path: Path) -> N
     """Over an epoch's end: 171 frames in batches of 34 leave one row, and a rank without any."""
     options = [*WITHOUT_NOISE, "batch_size=34", "steps=6", "+optimizer.eps=1e-4"]
     one = run("one", *options).output_dir
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pusht_act.main"]
-    command = tiny_command(*IMAGES, *options, f"output_dir={tmp_path / 'two'}")
-    done = subprocess.run([sys.executable, *torchrun, *command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    train_on_two_ranks(tiny_command(*IMAGES, *options, f"output_dir={tmp_path / 'two'}"))
     for a, b in zip(metrics(tmp_path / "two"), metrics(one), strict=True):
         assert a == pytest.approx(b, rel=5e-3)
 
