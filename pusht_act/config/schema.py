@@ -126,7 +126,7 @@ class TrainConfig:
     null: batch for random weights, frozen for ImageNet's, what it was trained with for a checkpoint."""
     freeze_backbone_at: int | None = option(ge=1)
     """Step that is saved, and after which the image backbone (with ema.enable the average's) learns no more: features
-    of all training frames are computed once and take the place of images, which is 10 times faster. null: never."""
+    of all training frames are computed once and replace the images, on a CPU 10 times faster. null: never."""
     mirror: float = option(ge=0, le=1)
     """Probability with which a training sample is replaced by its mirror image, the reflection across the goal's axis.
     Statistics are then those of the samples and their mirror images. Of the 2,000 built-in demonstrations, 64 do not

@@ -92,8 +92,9 @@ def freeze(
             features[name] = _allocate(policy, key, loader.n_frames, options.precision)
             if is_main():
                 log.info(
-                    "the backbone is frozen: %s of %d frames, %.2f GB, are kept in %s until the run ends",
-                    name, len(indices), features[name].nbytes / 1e9, cache_root(),
+                    "the backbone is frozen: %s of %d frames, %.2f GB, are kept %s until the run ends",
+                    name, len(indices), features[name].nbytes / 1e9,
+                    f"in {cache_root()}" if features[name].device.type == "cpu" else "on the GPU",
                 )  # fmt: skip
             # The mean and standard deviation are by channel, so it is the same to reflect before or after.
             images = ((part, view(pre(loader.batch(part))[key])) for part in _with_bar(indices))
